@@ -1,0 +1,89 @@
+"""The log-odds head with all logits in memory: the one to read, and the oracle of the others."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bnf_core._checks import IGNORE, check_floating, check_labels, check_same_device
+
+__all__ = ["linear_log_odds_naive", "token_log_odds"]
+
+
+def token_log_odds(
+    logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Log-odds of the target token, and the entropy, from full logits.
+
+    l = log pi_y - log(1 - pi_y) = z_y - logsumexp_{j != y} z_j,     H = -sum_j pi_j log pi_j,
+
+    in nats. The target is masked out before the sum, so that l keeps every digit however close pi_y is to 1.
+
+    Args:
+      logits: any floating dtype, summed in float32 or better; -inf rules a token out.
+      labels: token ids aligned with the logits, -100 where there is no response token.
+
+    Returns:
+      (log_odds, entropy): float64 for float64 logits, else float32; 0 where the label is -100. log_odds is
+      differentiable (dl/dz_y = 1, dl/dz_j = -q_j), the entropy is a constant. Where every other token is ruled
+      out, l = +inf and its gradient to the others is 0. NaN and +inf logits give NaN: the values are not searched.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, a label outside the vocabulary.
+
+    Example:
+      >>> import torch
+      >>> log_odds, entropy = token_log_odds(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([0]))
+      >>> log_odds  # 2 - log(2e)
+      tensor([0.3069])
+    """
+    check_floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected shape (..., vocab) with at least one token, got {tuple(logits.shape)}.")
+    check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1])
+    check_same_device(logits=logits, labels=labels)
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    ignored = labels == IGNORE
+    target = labels.long().masked_fill(ignored, 0).unsqueeze(-1)
+
+    others = z.scatter(-1, target, -torch.inf)
+    top = others.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top.isneginf(), 0)  # nothing but the target is possible
+    mass = (others - top).exp().sum(-1, keepdim=True)
+    lse = top + torch.where(mass == 0, -torch.inf, torch.where(mass == 0, 1, mass).log())  # no 0 * inf in the gradient
+    log_odds = (z.gather(-1, target) - lse).squeeze(-1)
+
+    with torch.no_grad():  # H = H of (target or not) + (1 - pi_y) H(q)
+        q = (others - lse.masked_fill(lse.isneginf(), 0)).exp()
+        entropy_others = -torch.xlogy(q, q).sum(-1)
+        entropy = binary_entropy(log_odds) + (-log_odds).sigmoid() * entropy_others
+    return log_odds.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
+
+
+def binary_entropy(log_odds: Tensor) -> Tensor:
+    """-p log p - (1 - p) log(1 - p) at p = sigmoid(log_odds), in nats; 0 at +-inf."""
+    p_log_p = log_odds.sigmoid() * F.logsigmoid(log_odds)
+    other = (-log_odds).sigmoid() * F.logsigmoid(-log_odds)
+    return -(p_log_p.masked_fill(log_odds.isneginf(), 0) + other.masked_fill(log_odds.isposinf(), 0))
+
+
+def linear_log_odds_naive(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    compute_dtype: torch.dtype,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """As `linear_log_odds`, by autograd through (tokens, vocab) logits; `chunk_size` is not used."""
+    accumulate = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    # operands are rounded to the dtype they are computed in, products are not
+    logits = F.linear(hidden.to(compute_dtype).to(accumulate), weight.to(compute_dtype).to(accumulate))
+    if bias is not None:
+        logits = logits + bias.to(accumulate)
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return token_log_odds(logits, labels)

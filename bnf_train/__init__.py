@@ -1,0 +1,1 @@
+"""Training with the BNF loss on transformers and Accelerate: `python -m bnf_train`."""

@@ -1,0 +1,44 @@
+"""Settings of every test: shapes checked as written, Hypothesis reproducible in CI, slow tests off by default."""
+
+import os
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# annotations like Float[Tensor, "tokens dim"] are checked on every call
+jaxtyping.install_import_hook("bnf_core", "beartype.beartype")
+
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("dev", max_examples=100, **common)
+settings.register_profile("ci", max_examples=100, derandomize=True, print_blob=True, **common)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """For bad input: the library's own checks answer, as they do for a user, not the annotations' at test time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,88 @@
+"""Hypothesis strategies: logits and responses that reach the corners on purpose."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Responses:
+    """A padded batch, as `bnf_core.reference.bnf_loss` takes it."""
+
+    logits: Tensor  # (sequences, positions, vocab)
+    ref_logits: Tensor
+    labels: Tensor  # (sequences, positions)
+    preferred: Tensor  # (sequences,)
+
+    @property
+    def mask(self) -> Tensor:
+        return self.labels != IGNORE
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """logits, ref_logits and labels of the response tokens, and the response of each."""
+        response = torch.arange(len(self.labels)).unsqueeze(1).expand_as(self.labels)
+        return self.logits[self.mask], self.ref_logits[self.mask], self.labels[self.mask], response[self.mask]
+
+
+# ordinary logits, ties, saturation on both sides
+finite_logit = st.one_of(
+    st.floats(-5, 5),
+    st.integers(-2, 2).map(float),
+    st.floats(-40, 40),
+    st.sampled_from([-400.0, -100.0, 0.0, 100.0, 400.0]),
+)
+# tokens that the model rules out
+any_logit = st.one_of(finite_logit, finite_logit, finite_logit, st.just(float("-inf")))
+
+
+@st.composite
+def logit_rows(draw: st.DrawFn, y: int, vocab: int) -> list[float]:
+    """One position's logits: anything but the target may be ruled out."""
+    row = draw(st.lists(any_logit, min_size=vocab, max_size=vocab))
+    row[y] = draw(finite_logit)
+    return row
+
+
+@st.composite
+def responses(
+    draw: st.DrawFn,
+    dtype: torch.dtype = torch.float64,
+    max_sequences: int = 3,
+    max_positions: int = 4,
+    max_vocab: int = 6,
+) -> Responses:
+    """A padded batch of responses, each with at least one token; policy and reference near, far, or the same."""
+    vocab = draw(st.integers(1, max_vocab), label="vocab")
+    sequences = draw(st.integers(1, max_sequences), label="sequences")
+    positions = draw(st.integers(1, max_positions), label="positions")
+    labels = []
+    for _ in range(sequences):
+        ids = draw(st.lists(st.integers(0, vocab - 1) | st.just(IGNORE), min_size=positions, max_size=positions))
+        if all(i == IGNORE for i in ids):
+            ids[draw(st.integers(0, positions - 1))] = draw(st.integers(0, vocab - 1))
+        labels.append(ids)
+    relation = draw(st.sampled_from(["independent", "near", "same"]), label="reference")
+    policy = [[draw(logit_rows(max(y, 0), vocab)) for y in ids] for ids in labels]
+    if relation == "independent":
+        reference = [[draw(logit_rows(max(y, 0), vocab)) for y in ids] for ids in labels]
+    else:
+        step = draw(st.floats(-1e-3, 1e-3)) if relation == "near" else 0.0
+        reference = [[[z + step * (j % 2) for j, z in enumerate(row)] for row in rows] for rows in policy]
+    preferred = draw(st.lists(st.booleans(), min_size=sequences, max_size=sequences), label="preferred")
+    return Responses(
+        torch.tensor(policy, dtype=torch.float64).to(dtype),
+        torch.tensor(reference, dtype=torch.float64).to(dtype),
+        torch.tensor(labels),
+        torch.tensor(preferred),
+    )
+
+
+def probabilities(*, interior: bool = False) -> st.SearchStrategy[float]:
+    """Likelihoods from 0 to 1, both ends and what is close to them included (not the ends themselves if `interior`)."""
+    near = st.sampled_from([1e-300, 1e-12, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-12])
+    inner = st.floats(1e-6, 1 - 1e-6) | near
+    return inner if interior else inner | st.sampled_from([0.0, 1.0])
