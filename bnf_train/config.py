@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -83,8 +83,8 @@ class BNFConfig(TrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the model goes. Default: a new folder runs/MODEL-OBJECTIVE."}
     )
-    bf16: bool | None = field(
-        default=None,
+    bf16: bool = field(  # `bool | None` would make the parser ask for a value
+        default=cast(bool, None),
         metadata={"help": "bf16 autocast over float32 weights. Default: where the device multiplies bf16 in hardware."},
     )
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate of AdamW."})
@@ -108,8 +108,7 @@ class BNFConfig(TrainingArguments):
             raise UsageError(f"--eval_size: expected a share below 1, a number of rows, or 0, got {self.eval_size}.")
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu: bool = self.use_cpu or not accelerated
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and _bf16_in_hardware(self.use_cpu)
+        self.bf16 = _bf16_in_hardware(self.use_cpu) and not self.fp16 if self.bf16 is None else self.bf16
         if self.output_dir is None:
             self.output_dir = str(_new_folder(Path("runs") / f"{_short_name(self.model)}-{self.objective}"))
         accumulate = self.gradient_accumulation_steps
@@ -136,16 +135,21 @@ class BNFConfig(TrainingArguments):
             )
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (python -m bnf_train --help lists every flag).")
+
+
 def parse(arguments: Sequence[str]) -> BNFConfig:
     """Flags to a config. What a flag says goes before the model's preset, and that before the defaults."""
-    parser = HfArgumentParser(BNFConfig, prog="python -m bnf_train", description=_DESCRIPTION)
+    parser = _Parser(BNFConfig, prog="python -m bnf_train", description=_DESCRIPTION, allow_abbrev=False)
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
     given = {k: v for k, v in vars(parser.parse_args(list(arguments), namespace=blank)).items() if v is not unset}
     model = given.get("model", str(demo.MODEL))
     preset = dict(PRESETS.get(model, {}))
-    if "gradient_accumulation_steps" in given:
-        preset.pop("batch_size", None)
+    if {"gradient_accumulation_steps", "per_device_train_batch_size"} & given.keys():
+        preset.pop("batch_size", None)  # belongs with the preset's own
     if "model" not in given and "dataset" in given:  # the demo model on somebody's data
         preset["max_length"] = 1024
     try:

@@ -46,7 +46,7 @@ def autograd_feedback(p: np.ndarray, p_ref: float | None, vocab: int = 5) -> np.
     # w = 1 everywhere makes BNF the log-likelihood: a reference that is never above the policy
     ref_log_odds = torch.full_like(log_odds, -torch.inf if p_ref is None else float(np.log(p_ref / (1 - p_ref))))
     batch = TokenBatch(torch.arange(len(p)), torch.ones(len(p), dtype=torch.bool), None, ref_log_odds, entropy)
-    bnf(log_odds, batch).sum().backward()  # type: ignore[no-untyped-call]
+    bnf(log_odds, batch).sum().backward()
     assert logits.grad is not None
     return logits.grad[:, 0].abs().numpy()
 

@@ -1,0 +1,120 @@
+"""The log-odds head on real architectures computes what their own logits say."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bnf_core import reference, token_log_odds
+from bnf_train.errors import UsageError
+from bnf_train.model_head import attach_log_odds_head
+
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {},
+    "qwen2": {},
+    "phi": {},  # a head with a bias
+    "gemma2": {"final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+}
+
+
+def tiny(name: str) -> PreTrainedModel:
+    options = SIZES | {"model_type": name} | ARCHITECTURES[name]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_log_odds_and_gradients_are_those_of_the_logits(name: str) -> None:
+    plain, ours = tiny(name), tiny(name)
+    if ours.get_output_embeddings().bias is not None:
+        for model in (plain, ours):
+            torch.nn.init.normal_(model.get_output_embeddings().bias, generator=torch.Generator().manual_seed(1))
+    attach_log_odds_head(ours)
+    ids = torch.randint(37, (3, 9))
+    positions = torch.tensor([0, 3, 7, 9, 10, 25])
+    labels = ids.flatten()[positions + 1]
+    log_odds, _ = ours(input_ids=ids, response_positions=positions, response_labels=labels)
+    expected, _ = token_log_odds(plain(input_ids=ids).logits.flatten(0, 1)[positions], labels)
+    torch.testing.assert_close(log_odds, expected, rtol=1e-4, atol=1e-5)
+    log_odds.sum().backward()
+    expected.sum().backward()
+    theirs = dict(plain.named_parameters())
+    for key, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[key].grad, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_without_response_positions_the_model_is_what_it_was() -> None:
+    model = tiny("llama")
+    ids = torch.randint(37, (1, 5))
+    before = model(input_ids=ids).logits
+    attach_log_odds_head(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=1).shape == (1, 8)
+
+
+def test_an_unknown_head_is_refused() -> None:
+    scaled = tiny("granite")
+    forward = scaled.forward
+
+    def other_head(**kwargs: Any) -> Any:
+        output = forward(**kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    scaled.forward = other_head
+    with pytest.raises(UsageError, match="of a kind that is not supported"):
+        attach_log_odds_head(scaled)
+
+
+def test_head_and_objective_are_the_papers_loss() -> None:
+    """From token ids to eq. 4 on a real model: the shift, the masks, the lengths."""
+    from bnf_core import TokenBatch, bnf
+    from bnf_train.data import Collator, Response, Row
+
+    policy, ref = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        for parameter in ref.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    rows = [
+        Row("a", [Response([3, 4, 5, 6, 7], 2, True), Response([3, 4, 9], 2, False)]),
+        Row("b", [Response([8, 3, 1, 2, 6, 1, 1], 3, False)]),
+    ]
+    batch = Collator(pad_token_id=1)(rows)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = torch.full_like(ids, -100)
+    for i, response in enumerate(r for row in rows for r in row.responses):
+        for t in range(response.prompt_length, len(response.input_ids)):
+            labels[i, t - 1] = response.input_ids[t]
+    with torch.no_grad():
+        expected = reference.bnf_loss(
+            policy(input_ids=ids, attention_mask=mask).logits,
+            ref(input_ids=ids, attention_mask=mask).logits,
+            labels,
+            batch["preferred"],
+        )
+    for model in (policy, ref):
+        attach_log_odds_head(model)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "response_positions", "response_labels")}
+    log_odds, entropy = policy(**inputs)
+    ref_log_odds, _ = ref(**inputs)
+    tokens = TokenBatch(batch["response"], batch["preferred"], ref_log_odds=ref_log_odds.detach(), entropy=entropy)
+    torch.testing.assert_close(bnf(log_odds, tokens).mean(), expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,135 @@
+"""The trainer's loss, its normalisation, and a run from rows to a model folder."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PAIRS, SINGLES  # type: ignore[import-not-found]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bnf_core import OBJECTIVES
+from bnf_train.__main__ import main
+from bnf_train.config import parse
+from bnf_train.data import Collator, tokenize
+from bnf_train.load import load_model, load_tokenizer
+from bnf_train.model_head import attach_log_odds_head
+from bnf_train.reference_cache import add_ref_log_odds
+from bnf_train.trainer import BNFTrainer
+
+WriteRows = Callable[..., Path]
+
+
+def one_step(folder: Path, rows: list[dict[str, Any]], per_device: int, accumulate: int) -> dict[str, torch.Tensor]:
+    """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
+    flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
+    config = parse(
+        [
+            *("--model", str(folder), "--dataset", "unused", "--output_dir", str(folder / "out"), "--bf16", "false"),
+            *("--per_device_train_batch_size", str(per_device), "--gradient_accumulation_steps", str(accumulate)),
+            *("--save_strategy", "no", "--disable_tqdm", "true", *flags),
+        ]
+    )
+    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
+    attach_log_odds_head(model)
+    collator = Collator(tokenizer.pad_token_id)
+    data, _ = tokenize(rows, tokenizer, 128, "rows")
+    add_ref_log_odds(model, data, collator, config.device, False, 3)
+    for row in data:  # a reference that is not the policy, so that w is not 1
+        for response in row.responses:
+            response.ref_log_odds += 0.5  # type: ignore[operator]
+    trainer = BNFTrainer(
+        model=model,
+        args=config,
+        objective=OBJECTIVES["bnf"],
+        data_collator=collator,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("rows", [PAIRS, SINGLES[:8]], ids=["pairs", "singles"])
+def test_the_step_does_not_depend_on_its_micro_batches(model_folder: Path, rows: list[dict[str, Any]]) -> None:
+    """1 x 8, 2 x 4, 8 x 1: the mean is over the responses of the step, of different lengths and labels."""
+    whole = one_step(model_folder, rows, 8, 1)
+    before = load_model(str(model_folder)).state_dict()
+    assert any((whole[k] - before[k]).abs().max() > 1e-3 for k in whole)
+    for per_device, accumulate in ((4, 2), (2, 4), (1, 8)):
+        for key, value in one_step(model_folder, rows, per_device, accumulate).items():
+            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate}: {key}")
+
+
+@pytest.mark.parametrize("rows", [PAIRS, SINGLES], ids=["pairs", "singles"])
+def test_a_run_leaves_a_model_that_plain_transformers_loads(
+    rows: list[dict[str, Any]], model_folder: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--batch_size", "4", "--per_device_train_batch_size", "2", "--learning_rate", "0.01", "--num_train_epochs", "3"]
+    data = ["--model", str(model_folder), "--dataset", str(write_rows(rows)), "--eval_size", "3", "--max_length", "100"]
+    assert main([*data, *flags, "--output_dir", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "Held-out responses" in printed
+    assert "dispreferred" in printed
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.generate(**tokenizer("hi", return_tensors="pt"), max_new_tokens=4).shape[1] > 2
+    metrics = json.loads((out / "metrics.json").read_text())
+    losses = [log["loss"] for log in metrics["log"] if "loss" in log]
+    assert len(losses) == metrics["log"][-1]["step"] > 2
+    first = metrics["log"][0]
+    for label in ("preferred", "dispreferred"):  # policy = reference at the first step
+        assert first[f"bnf/weight_mean/{label}"] == pytest.approx(1, abs=1e-4)
+        assert metrics["held_out"][f"eval_bnf/weight_mean/{label}"] < 1
+    shift = {k: metrics["held_out"][f"eval_logp_shift_per_token/{k}"] for k in ("preferred", "dispreferred")}
+    assert shift["preferred"] != 0 != shift["dispreferred"]
+    if rows is PAIRS:  # the singles' labels are arbitrary: nothing to learn for rows held out
+        assert shift["preferred"] > shift["dispreferred"]
+    assert metrics["held_out"]["eval_responses/dispreferred"] >= 1
+    assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_written_over(model_folder: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(PAIRS)
+    before = sorted(p.name for p in model_folder.iterdir())
+    assert main(["--model", str(model_folder), "--dataset", str(rows), "--output_dir", str(model_folder)]) == 2
+    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert sorted(p.name for p in model_folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--model": "./nowhere"}, "--model ./nowhere: no such folder"),
+        ({"--model": "."}, "expected a model folder with a config.json"),
+        ({"--dataset": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"--dataset": "some/where/else"}, "expected a .jsonl, .json, .parquet or .csv file"),
+    ],
+)
+def test_bad_paths_are_one_sentence_and_code_2(
+    changed: dict[str, str], message: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"--model": str(model_folder), "--dataset": "x.jsonl", "--output_dir": str(tmp_path / "out")} | changed
+    assert main([part for pair in flags.items() for part in pair]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_hub_the_papers_preset_fails_within_seconds(tmp_path: Path) -> None:
+    """In a process of its own, as a user would: one sentence with what was not fetched and what to pass instead."""
+    command = [sys.executable, "-m", "bnf_train", "--model", "meta-llama/Meta-Llama-3-8B-Instruct"]
+    environment = {"PATH": "", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=Path(__file__).parents[2])
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: meta-llama/Meta-Llama-3-8B-Instruct: the model could not be fetched")
+    assert "pass --model with a local model folder" in last
