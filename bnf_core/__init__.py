@@ -1,27 +1,34 @@
 """The bidirectional negative feedback (BNF) loss: definitions, fast paths, objectives.
 
-reference          the paper on full logits, readable (eqs. 4, 5, 6, 8, 9)
-token_log_odds     log-odds and entropy from full logits
-linear_log_odds    the same from hidden states, never holding the logits
-bnf_weight, bnf    the token weight, and the objective
-TokenBatch         what an objective knows of the responses
-OBJECTIVES         every objective by name
+The paper, readable    reference: eqs. 4, 5, 6, 8, 9, and T1, on full logits
+The log-odds head      linear_log_odds (never holds the logits), token_log_odds (from logits)
+The batch              TokenBatch; sequence_logps, pair_logps
+BNF                    bnf, bnf_binary (T2), bnf_weight, bnf_target
+Every objective        OBJECTIVES by name (PAIRWISE: those with one loss per pair)
+Every constraint       constraints: C_w, C_l of each objective in closed form
 """
 
-from bnf_core import reference
-from bnf_core.batch import TokenBatch
+from bnf_core import constraints, reference
+from bnf_core.batch import PairLogps, TokenBatch, pair_logps, sequence_logps
 from bnf_core.head import linear_log_odds, token_log_odds
-from bnf_core.objectives import OBJECTIVES, Objective, bnf, bnf_weight
+from bnf_core.objectives import OBJECTIVES, PAIRWISE, Objective, bnf, bnf_binary, bnf_target, bnf_weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "OBJECTIVES",
+    "PAIRWISE",
     "Objective",
+    "PairLogps",
     "TokenBatch",
     "bnf",
+    "bnf_binary",
+    "bnf_target",
     "bnf_weight",
+    "constraints",
     "linear_log_odds",
+    "pair_logps",
     "reference",
+    "sequence_logps",
     "token_log_odds",
 ]

@@ -76,3 +76,9 @@ def check_probability(name: str, value: Tensor) -> None:
 
 def first_position(bad: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in bad.nonzero()[0])
+
+
+def check_positive(name: str, value: float, zero: bool = False) -> None:
+    """A hyper-parameter that is a positive number (or 0, if `zero`)."""
+    if not isinstance(value, (int, float)) or not (value > 0 or (zero and value == 0)):
+        raise ValueError(f"{name}: expected a {'non-negative' if zero else 'positive'} number, got {value!r}.")

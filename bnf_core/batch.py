@@ -1,14 +1,16 @@
-"""TokenBatch: which response each token belongs to, and what an objective may know of it."""
+"""Which response each token belongs to, which responses are a pair, and their sequence log-likelihoods."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bnf_core._checks import check_bool, check_floating, check_same_device, describe
 
-__all__ = ["TokenBatch"]
+__all__ = ["PairLogps", "TokenBatch", "pair_logps", "sequence_logps"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,113 @@ class TokenBatch:
     def mean(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
         """Mean over the tokens of each response."""
         return self.sum(values) / self.lengths
+
+    def pairs(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+        """Rows of the preferred and of the dispreferred side of each pair, in order of the pair's id.
+
+        Raises:
+          ValueError: no pairs, a response without a pair, or a pair that is not one of each label.
+
+        Example:
+          >>> import torch
+          >>> TokenBatch(torch.arange(4), torch.tensor([False, True, True, False]), pair=torch.tensor([7, 7, 3, 3])).pairs()
+          (tensor([2, 1]), tensor([3, 0]))
+        """
+        if self.pair is None:
+            raise ValueError("batch.pair: expected the pair of each response for a pairwise objective, got None.")
+        if (self.pair < 0).any():
+            row = int((self.pair < 0).nonzero()[0])
+            raise ValueError(f"batch.pair: expected every response in a pair for a pairwise objective, row {row} has none.")
+        sides = []
+        for side in (self.preferred, ~self.preferred):
+            rows = side.nonzero().squeeze(-1)
+            sides.append(rows[self.pair[rows].argsort()])
+        chosen, rejected = (self.pair[rows] for rows in sides)
+        if not torch.equal(chosen, rejected) or (chosen.diff() == 0).any():
+            raise ValueError(
+                "batch.pair: expected one preferred and one dispreferred response in each pair, "
+                f"got preferred in {chosen.tolist()} and dispreferred in {rejected.tolist()}."
+            )
+        return sides[0], sides[1]
+
+
+class PairLogps(NamedTuple):
+    """Log-likelihoods of the two sides of each pair, log pi(y) = sum_t log pi_t, in nats, and their lengths |y|.
+
+    Example:
+      >>> import torch
+      >>> one = torch.ones(1)
+      >>> PairLogps(-2 * one, -3 * one, -2.5 * one, -2.5 * one, 2 * one, 4 * one).log_ratios
+      (tensor([0.5000]), tensor([-0.5000]))
+    """
+
+    chosen: Float[Tensor, " pairs"]
+    rejected: Float[Tensor, " pairs"]
+    ref_chosen: Float[Tensor, " pairs"] | None
+    ref_rejected: Float[Tensor, " pairs"] | None
+    chosen_lengths: Float[Tensor, " pairs"]
+    rejected_lengths: Float[Tensor, " pairs"]
+
+    @property
+    def log_ratios(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """r_w and r_l: log pi(y) - log pi_ref(y) of each side."""
+        if self.ref_chosen is None or self.ref_rejected is None:
+            raise ValueError("batch.ref_log_odds: expected the log-odds of the reference for this objective, got None.")
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+
+    @property
+    def means(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """Mean log-likelihood per token of each side."""
+        return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
+
+
+def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor, " responses"]:
+    """Log-likelihood of each response, log pi(y) = sum_t log sigmoid(l_t), in nats.
+
+    Args:
+      log_odds: l of each response token. Differentiable.
+      batch: which response each token belongs to.
+
+    Raises:
+      ValueError: log_odds is not a floating-point tensor of the batch's tokens.
+
+    Example:
+      >>> import torch
+      >>> sequence_logps(torch.zeros(3), TokenBatch(torch.tensor([0, 0, 1]), torch.tensor([True, False])))
+      tensor([-1.3863, -0.6931])
+    """
+    check_floating("log_odds", log_odds, tuple(batch.response.shape))
+    check_same_device(log_odds=log_odds, response=batch.response)
+    return batch.sum(F.logsigmoid(log_odds))
+
+
+def pair_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> PairLogps:
+    """What pairwise objectives and their constraints need of each pair: sequence log-likelihoods and lengths.
+
+    The same numbers from full logits: `bnf_core.reference.pair_logps`.
+
+    Args:
+      log_odds: l of each response token under the policy. Differentiable.
+      batch: needs `pair`; `ref_log_odds` fills in the reference's side.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, or responses that are not in pairs of one label each.
+
+    Example:
+      >>> import torch
+      >>> batch = TokenBatch(torch.tensor([0, 0, 1]), torch.tensor([True, False]), pair=torch.tensor([0, 0]))
+      >>> pair_logps(torch.zeros(3), batch).means
+      (tensor([-0.6931]), tensor([-0.6931]))
+    """
+    chosen, rejected = batch.pairs()
+    logps = sequence_logps(log_odds, batch)
+    lengths = batch.lengths.to(logps.dtype)
+    ref = None if batch.ref_log_odds is None else sequence_logps(batch.ref_log_odds.detach().to(logps.dtype), batch)
+    return PairLogps(
+        logps[chosen],
+        logps[rejected],
+        None if ref is None else ref[chosen],
+        None if ref is None else ref[rejected],
+        lengths[chosen],
+        lengths[rejected],
+    )

@@ -26,7 +26,17 @@ from bnf_core._checks import (
     check_same_device,
 )
 
-__all__ = ["bnf_feedback", "bnf_logit_gradient", "bnf_loss", "dynamic_target", "nll_feedback", "one_hot_target"]
+__all__ = [
+    "bnf_feedback",
+    "bnf_logit_gradient",
+    "bnf_loss",
+    "dynamic_target",
+    "mixture_target",
+    "nll_feedback",
+    "one_hot_target",
+    "pair_logps",
+    "sequence_logps",
+]
 
 
 def one_hot_target(logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch vocab"]:
@@ -87,6 +97,48 @@ def dynamic_target(
     rows, z, z_ref, y = _response_rows(logits.detach(), ref_logits.detach(), labels)
     target = torch.zeros_like(logits, dtype=z.dtype, requires_grad=False)
     target[rows] = _dynamic_target(z, z_ref, y)
+    return target
+
+
+def mixture_target(
+    logits: Float[Tensor, "*batch vocab"],
+    ref_logits: Float[Tensor, "*batch vocab"],
+    labels: Int[Tensor, "*batch"],
+) -> Float[Tensor, "*batch vocab"]:
+    """Dynamic target distribution in mixture form (theorem T1), a constant for the gradient.
+
+    f = w onehot(y) + (1 - w) pi,   w = min(1, odds(pi_y) / odds(pi_ref_y)) = exp(min(0, l - l_ref)).
+
+    The same distribution as `dynamic_target`: soft bootstrapping with the clipped odds ratio as the label's weight.
+
+    Args:
+      logits, ref_logits, labels: as for `dynamic_target`.
+
+    Returns:
+      f, float64 for float64 logits, else float32; rows of zeros where the label is -100.
+
+    Raises:
+      ValueError: as `dynamic_target`.
+
+    Example:
+      Odds 1/4 against 1: w = 0.25.
+
+      >>> import torch
+      >>> policy, reference = torch.tensor([[0.2, 0.4, 0.4]]), torch.tensor([[0.5, 0.3, 0.2]])
+      >>> mixture_target(policy.log(), reference.log(), torch.tensor([0]))
+      tensor([[0.4000, 0.3000, 0.3000]])
+
+    References:
+      Reed et al. 2015, Training deep neural networks on noisy labels with bootstrapping.
+    """
+    _check(labels, logits=logits, ref_logits=ref_logits)
+    rows, z, z_ref, y = _response_rows(logits.detach(), ref_logits.detach(), labels)
+    log_odds, _ = _split_target(z, y)
+    ref_log_odds, _ = _split_target(z_ref, y)
+    w = torch.where(log_odds >= ref_log_odds, 1, (log_odds - ref_log_odds).exp()).unsqueeze(-1)
+    one_hot = F.one_hot(y, z.shape[-1]).to(z.dtype)
+    target = torch.zeros_like(logits, dtype=z.dtype, requires_grad=False)
+    target[rows] = w * one_hot + (1 - w) * z.softmax(-1)
     return target
 
 
@@ -221,6 +273,67 @@ def nll_feedback(p: Float[Tensor, "..."] | float) -> Float[Tensor, "..."]:
     """
     (p,) = _probabilities(p=p)
     return 1 - p
+
+
+def sequence_logps(
+    logits: Float[Tensor, "sequences positions vocab"], labels: Int[Tensor, "sequences positions"]
+) -> Float[Tensor, " sequences"]:
+    """Log-likelihood of each response, log pi(y) = sum_t log pi_t(y_t), in nats.
+
+    Args:
+      logits: already aligned with the labels. Differentiable.
+      labels: token ids, -100 where there is no response token.
+
+    Returns:
+      One number per response, float64 for float64 logits, else float32.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, a bad logit, or a response without a token.
+
+    Example:
+      >>> import torch
+      >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 1, 2]]))  # 2 log(1/4)
+      tensor([-2.7726])
+    """
+    everything = torch.ones(logits.shape[:1], dtype=torch.bool, device=logits.device)
+    _check_responses(logits, logits.detach(), labels, everything)
+    rows, z, _, y = _response_rows(logits, logits.detach(), labels)
+    logps = _log_probabilities(z, y).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return logps.new_zeros(len(labels)).index_add(0, rows[0], logps)
+
+
+def pair_logps(
+    logits: Float[Tensor, "sequences positions vocab"],
+    ref_logits: Float[Tensor, "sequences positions vocab"],
+    labels: Int[Tensor, "sequences positions"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What table 2's constraints need of each pair, from full logits: `bnf_core.PairLogps(*pair_logps(...))`.
+
+    The preferred responses are the first half of the sequences, the dispreferred ones the second, in the same order.
+
+    Args:
+      logits: policy logits, already aligned with the labels. Differentiable.
+      ref_logits: reference logits, a constant.
+      labels: token ids, -100 where there is no response token.
+
+    Returns:
+      (log pi(y_w), log pi(y_l), log pi_ref(y_w), log pi_ref(y_l), |y_w|, |y_l|), each (pairs,), in nats and tokens.
+
+    Raises:
+      ValueError: as `sequence_logps`, or an odd number of sequences.
+
+    Example:
+      >>> import torch
+      >>> z = torch.zeros(2, 2, 4)
+      >>> pair_logps(z, z, torch.tensor([[1, 2], [3, -100]]))[:2]
+      (tensor([-2.7726]), tensor([-1.3863]))
+    """
+    policy, ref = sequence_logps(logits, labels), sequence_logps(ref_logits.detach(), labels)
+    if len(labels) % 2:
+        raise ValueError(f"labels: expected preferred and dispreferred halves, got {len(labels)} sequences.")
+    lengths = (labels != IGNORE).sum(-1).to(policy.dtype)
+    half = len(labels) // 2
+    return policy[:half], policy[half:], ref[:half], ref[half:], lengths[:half], lengths[half:]
 
 
 def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

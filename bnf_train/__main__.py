@@ -38,7 +38,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
     import transformers
     from rich.console import Console
 
-    from bnf_core import OBJECTIVES
+    from bnf_core import OBJECTIVES, PAIRWISE
     from bnf_train import data, demo, report
     from bnf_train.load import load_model, load_tokenizer
     from bnf_train.model_head import attach_log_odds_head
@@ -57,6 +57,11 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
 
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     train_rows, held_out = _rows(config, tokenizer, console)
+    if config.objective in PAIRWISE and any(len(row.responses) == 1 for row in train_rows + held_out):
+        raise UsageError(
+            f"--objective {config.objective} compares the two sides of a pair, and {config.dataset} has single responses; "
+            "use --objective bnf, or rows with prompt, chosen, rejected."
+        )
     model = load_model(config.model, config.trust_remote_code)
     attach_log_odds_head(model)
     collator = data.Collator(tokenizer.pad_token_id)

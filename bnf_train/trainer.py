@@ -12,34 +12,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer
 
-from bnf_core import Objective, TokenBatch, bnf_weight
+from bnf_core import PAIRWISE, Objective, TokenBatch, bnf_weight
 from bnf_train.data import MODEL_INPUTS
 
 LABELS = ("preferred", "dispreferred")
 # per-response sums that evaluation gathers
-SUMS = ("responses", "loss", "tokens", "logp", "ref_logp", "weight", "clipped")
+SUMS = ("responses", "losses", "loss", "tokens", "logp", "ref_logp", "weight", "clipped")
 
 
 class BNFTrainer(Trainer):
-    """Minimises the mean of `objective` over the responses of each optimizer step, whatever the micro-batches.
+    """Minimises the mean of `objective` over the responses (pairs) of each optimizer step, whatever the micro-batches.
 
     Args:
-      objective: (log_odds, TokenBatch) -> loss per response.
+      objective: (log_odds, TokenBatch) -> loss per response, or per pair for those of `bnf_core.PAIRWISE`.
       Everything else: as transformers.Trainer. Data sets hold `bnf_train.data.Row`s, the model has the log-odds head.
     """
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
         self.objective = objective
+        self.pairwise = objective in PAIRWISE.values()
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the responses of the whole step
         self._weights: dict[str, list[Tensor]] = defaultdict(list)
         self.remove_callback(ProgressCallback)
         self.add_callback(_ProgressBar)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Responses in the whole optimizer step: every micro-batch, every process."""
-        responses = torch.tensor(sum(len(batch["preferred"]) for batch in batch_samples), device=device)
-        return self.accelerator.reduce(responses, "sum")
+        """Losses in the whole optimizer step, one per response or pair: every micro-batch, every process."""
+        responses = sum(len(batch["preferred"]) for batch in batch_samples)
+        losses = torch.tensor(responses // 2 if self.pairwise else responses, device=device)
+        return self.accelerator.reduce(losses, "sum")
 
     def compute_loss(
         self,
@@ -57,17 +59,35 @@ class BNFTrainer(Trainer):
             entropy=entropy,
         )
         losses = self.objective(log_odds, batch)
-        sums = _sums(log_odds.detach(), batch, losses.detach())
+        sums = self._sums(log_odds.detach(), batch, losses.detach())
         if model.training:
             self._record_weights(sums, inputs["preferred"])
-        responses = len(losses) if num_items_in_batch is None else num_items_in_batch
-        # gradients are averaged over processes, and the mean is over the responses of all of them
-        loss = losses.sum() / responses * (self.accelerator.num_processes if model.training else 1)
+        count = len(losses) if num_items_in_batch is None else num_items_in_batch
+        # gradients are averaged over processes, and the mean is over the losses of all of them
+        loss = losses.sum() / count * (self.accelerator.num_processes if model.training else 1)
         return (loss, sums) if return_outputs else loss
 
     def _record_weights(self, sums: Tensor, preferred: Tensor) -> None:
         for name, rows in zip(LABELS, (preferred, ~preferred), strict=True):
             self._weights[name].append(sums[rows][:, [SUMS.index(k) for k in ("tokens", "weight", "clipped")]].sum(0))
+
+    def _sums(self, log_odds: Tensor, batch: TokenBatch, losses: Tensor) -> Tensor:
+        """(responses, SUMS): what evaluation and logging report, summed over each response's tokens."""
+        assert batch.ref_log_odds is not None
+        per_token = {
+            "tokens": torch.ones_like(log_odds),
+            "logp": F.logsigmoid(log_odds),
+            "ref_logp": F.logsigmoid(batch.ref_log_odds),
+            "weight": bnf_weight(log_odds, batch.ref_log_odds),
+            "clipped": (log_odds > batch.ref_log_odds).to(log_odds.dtype),  # the min of eq. 6 is at work
+        }
+        rows = batch.pairs()[0] if self.pairwise else torch.arange(len(losses), device=losses.device)
+        columns = {k: batch.sum(v) for k, v in per_token.items()}
+        zeros = losses.new_zeros(batch.responses)
+        columns["responses"] = zeros + 1
+        columns["losses"] = zeros.index_fill(0, rows, 1)  # a pair's loss stands with its preferred side
+        columns["loss"] = zeros.index_copy(0, rows, losses)
+        return torch.stack([columns[name] for name in SUMS], dim=1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds bnf/weight_mean and bnf/weight_clipped per label: means over the tokens since the last log."""
@@ -97,7 +117,7 @@ class BNFTrainer(Trainer):
 def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Means over held-out tokens, per label, from the table of `BNFTrainer.prediction_step`."""
     table = torch.as_tensor(prediction.predictions).double().sum((0, 1))  # (label, sum)
-    metrics = {"loss": _ratio(table[:, SUMS.index("loss")].sum(), table[:, SUMS.index("responses")].sum())}
+    metrics = {"loss": _ratio(*table[:, [SUMS.index("loss"), SUMS.index("losses")]].sum(0))}
     for label, values in zip(LABELS, table, strict=True):
         sums = dict(zip(SUMS, values, strict=True))
         if sums["responses"]:
@@ -110,20 +130,6 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
                 f"bnf/weight_clipped/{label}": _ratio(sums["clipped"], sums["tokens"]),
             }
     return metrics
-
-
-def _sums(log_odds: Tensor, batch: TokenBatch, losses: Tensor) -> Tensor:
-    """(responses, SUMS): what evaluation and logging report, summed over each response's tokens."""
-    assert batch.ref_log_odds is not None
-    per_token = {
-        "tokens": torch.ones_like(log_odds),
-        "logp": F.logsigmoid(log_odds),
-        "ref_logp": F.logsigmoid(batch.ref_log_odds),
-        "weight": bnf_weight(log_odds, batch.ref_log_odds),
-        "clipped": (log_odds > batch.ref_log_odds).to(log_odds.dtype),  # the min of eq. 6 is at work
-    }
-    columns = {"responses": torch.ones_like(losses), "loss": losses} | {k: batch.sum(v) for k, v in per_token.items()}
-    return torch.stack([columns[name] for name in SUMS], dim=1)
 
 
 def _pairs(row: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bnf_core import TokenBatch
+
 IGNORE = -100
 
 
@@ -86,3 +88,30 @@ def probabilities(*, interior: bool = False) -> st.SearchStrategy[float]:
     near = st.sampled_from([1e-300, 1e-12, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-12])
     inner = st.floats(1e-6, 1 - 1e-6) | near
     return inner if interior else inner | st.sampled_from([0.0, 1.0])
+
+
+@dataclass
+class PairCase:
+    """Log-odds of a few pairs' tokens, with the reference's."""
+
+    log_odds: Tensor
+    batch: TokenBatch
+
+
+@st.composite
+def pair_cases(draw: st.DrawFn, max_pairs: int = 3, max_length: int = 5) -> PairCase:
+    """Pairs in random order, one-token and longer responses, tokens from hopeless to certain (but never exactly 0 or 1)."""
+    pairs = draw(st.integers(1, max_pairs), label="pairs")
+    sides = draw(st.permutations([(pair, label) for pair in range(pairs) for label in (True, False)]))
+    lengths = [draw(st.integers(1, max_length)) for _ in sides]
+    value = st.floats(-8, 8) | st.floats(-30, 20)
+    near = draw(st.booleans(), label="policy near reference")
+    log_odds = [draw(value) for _ in range(sum(lengths))]
+    ref = [x + draw(st.floats(-0.1, 0.1)) if near else draw(value) for x in log_odds]
+    batch = TokenBatch(
+        torch.arange(len(sides)).repeat_interleave(torch.tensor(lengths)),
+        torch.tensor([label for _, label in sides]),
+        torch.tensor([pair for pair, _ in sides]),
+        ref_log_odds=torch.tensor(ref, dtype=torch.float64),
+    )
+    return PairCase(torch.tensor(log_odds, dtype=torch.float64), batch)

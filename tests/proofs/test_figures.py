@@ -1,31 +1,51 @@
 """The figure scripts draw what they say, from expressions that agree with the library."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
+import plot_collapse  # type: ignore[import-not-found]
+import plot_epsilon  # type: ignore[import-not-found]
+import plot_feedback_curve as script  # type: ignore[import-not-found]
+import plot_math_pair  # type: ignore[import-not-found]
+import pytest
 import sympy as sp
 
 from bnf_core import reference
 
-PROOFS = Path(__file__).parents[2] / "proofs"
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, PROOFS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_feedback_curve(tmp_path: Path) -> None:
-    script = load("plot_feedback_curve")
     assert script.draw(tmp_path / "figure.png") < 1e-12  # points against lines
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(tmp_path / "figure.png")
     nll, bnf, p, r = script.feedback_expressions()
     for likelihood in (0.0, 0.1, 0.3, 0.7, 1.0):
         assert abs(float(nll.subs(p, likelihood)) - reference.nll_feedback(likelihood).item()) < 1e-15
         at = {p: sp.Rational(str(likelihood)), r: sp.Rational("0.3")}
         assert abs(float(bnf.subs(at)) - reference.bnf_feedback(likelihood, 0.3).item()) < 1e-15
+
+
+def test_math_pair(tmp_path: Path) -> None:
+    """DPO's constraint stays near beta / 2 while BNF's weight goes to 0."""
+    found = plot_math_pair.draw(tmp_path / "figure.png")
+    assert is_png(tmp_path / "figure.png")
+    assert found[0.05] == pytest.approx((1, 1))
+    assert found[0.005][0] > 0.85
+    assert found[0.005][1] < 0.1
+    assert found[5e-6][0] > 0.5
+    assert found[5e-6][1] < 1.1e-4
+
+
+def test_collapse(tmp_path: Path) -> None:
+    assert plot_collapse.draw(tmp_path / "figure.png", step=0.05) < 0.01
+    assert is_png(tmp_path / "figure.png")
+    fast, slow = plot_collapse.descend(False, 0.05), plot_collapse.descend(True, 0.05)
+    assert fast[-1] < 1e-10 < 1e-3 < slow[-1]
+
+
+def test_epsilon(tmp_path: Path) -> None:
+    """At 1e-6 the guarded gradient is off by half; at 1e-2 by about 1e-4."""
+    worst = plot_epsilon.draw(tmp_path / "figure.png")
+    assert is_png(tmp_path / "figure.png")
+    assert all(0.9 < error <= 1.1 for error in worst.values())

@@ -1,0 +1,282 @@
+"""Every objective against its closed-form constraint, and the properties that all of them share."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import PairCase, pair_cases
+from torch import Tensor
+
+from bnf_core import (
+    OBJECTIVES,
+    PAIRWISE,
+    PairLogps,
+    TokenBatch,
+    constraints,
+    linear_log_odds,
+    pair_logps,
+    reference,
+    sequence_logps,
+    token_log_odds,
+)
+from bnf_core.head import IMPLEMENTATIONS
+
+HYPER: dict[str, dict[str, st.SearchStrategy[float]]] = {
+    "nll_pll": {},
+    "slic_hf": {"delta": st.floats(-5, 20), "lambda_": st.floats(0, 3)},
+    "dpo": {"beta": st.floats(0.01, 5)},
+    "ipo": {"tau": st.floats(0.01, 5)},
+    "simpo": {"beta": st.floats(0.1, 10), "gamma": st.floats(-2, 5)},
+    "r_dpo": {"beta": st.floats(0.01, 5), "alpha": st.floats(-1, 1)},
+    "orpo": {"lambda_": st.floats(0, 3)},
+    "dpop": {"beta": st.floats(0.01, 1), "lambda_": st.floats(0, 60)},
+}
+every_constraint = pytest.mark.parametrize("name", HYPER)
+
+
+def draw_hyper(data: st.DataObject, name: str) -> dict[str, float]:
+    return {key: data.draw(strategy, label=key) for key, strategy in HYPER[name].items()}
+
+
+def leaf_gradients(loss: Callable[[Tensor, TokenBatch], Tensor], case: PairCase) -> tuple[Tensor, Tensor]:
+    log_odds = case.log_odds.clone().requires_grad_()
+    value = loss(log_odds, case.batch)
+    value.sum().backward()
+    assert log_odds.grad is not None
+    return value.detach(), log_odds.grad
+
+
+@every_constraint
+@given(data=st.data())
+def test_autograds_coefficient_is_the_constraint(name: str, data: st.DataObject) -> None:
+    """Eq. 3: grad L = -C_w grad log pi(y_w) + C_l grad log pi(y_l), with grad log sigmoid(l) = sigmoid(-l) per token."""
+    case, hyper = data.draw(pair_cases()), draw_hyper(data, name)
+    _, gradient = leaf_gradients(lambda x, batch: OBJECTIVES[name](x, batch, **hyper), case)
+    c_w, c_l = constraints.CONSTRAINTS[name](pair_logps(case.log_odds, case.batch), **hyper)
+    chosen, rejected = case.batch.pairs()
+    coefficient = torch.zeros(case.batch.responses, dtype=torch.float64)
+    coefficient[chosen], coefficient[rejected] = -c_w, c_l
+    expected = coefficient[case.batch.response] * torch.sigmoid(-case.log_odds)
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-300)
+
+
+@given(case=pair_cases(), beta=st.floats(0.01, 5), z0=st.floats(-3, 10), weights=st.tuples(st.floats(0, 2), st.floats(0, 2)))
+def test_ktos_coefficient_is_its_constraint(case: PairCase, beta: float, z0: float, weights: tuple[float, float]) -> None:
+    hyper = {"beta": beta, "lambda_d": weights[0], "lambda_u": weights[1], "z0": z0}
+    _, gradient = leaf_gradients(lambda x, batch: OBJECTIVES["kto"](x, batch, **hyper), case)
+    batch = case.batch
+    assert batch.ref_log_odds is not None
+    ratio = sequence_logps(case.log_odds, batch) - sequence_logps(batch.ref_log_odds, batch)
+    c = constraints.kto_constraint(ratio, batch.preferred, **hyper)
+    expected = (-batch.sign.double() * c)[batch.response] * torch.sigmoid(-case.log_odds)
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-300)
+
+
+@every_constraint
+@given(data=st.data())
+def test_constraints_are_not_negative_and_push_the_right_way(name: str, data: st.DataObject) -> None:
+    """All but IPO's, whose square pulls back once the margin is reached."""
+    case, hyper = data.draw(pair_cases()), draw_hyper(data, name)
+    c_w, c_l = constraints.CONSTRAINTS[name](pair_logps(case.log_odds, case.batch), **hyper)
+    if name == "ipo":
+        pairs = pair_logps(case.log_odds, case.batch)
+        r_w, r_l = pairs.log_ratios
+        assert torch.equal(c_w > 0, r_w - r_l < 1 / (2 * hyper["tau"])) or (c_w.abs() < 1e-9).any()
+    else:
+        assert (c_w >= 0).all()
+        assert (c_l >= 0).all()
+
+
+def swap(case: PairCase) -> TokenBatch:
+    return replace(case.batch, preferred=~case.batch.preferred)
+
+
+@pytest.mark.parametrize(
+    ("name", "margin"),
+    [
+        ("dpo", lambda loss: torch.log(torch.expm1(loss))),  # L = log(1 + e^-h)
+        ("nll_pll", lambda loss: loss),
+        ("r_dpo", lambda loss: torch.log(torch.expm1(loss))),
+        ("ipo", None),
+    ],
+)
+@given(case=pair_cases())
+def test_swapping_the_sides_negates_the_margin(name: str, margin: Callable[[Tensor], Tensor] | None, case: PairCase) -> None:
+    ours, theirs = OBJECTIVES[name](case.log_odds, case.batch), OBJECTIVES[name](case.log_odds, swap(case))
+    if margin is None:  # (h - 5)^2 and (-h - 5)^2: their difference is -20 h
+        pairs = pair_logps(case.log_odds, case.batch)
+        r_w, r_l = pairs.log_ratios
+        torch.testing.assert_close(ours - theirs, -20 * (r_w - r_l), rtol=1e-9, atol=1e-9)
+    else:
+        normal = (ours > 1e-8) & (theirs > 1e-8) if name != "nll_pll" else torch.ones_like(ours, dtype=torch.bool)
+        torch.testing.assert_close(margin(ours)[normal], -margin(theirs)[normal], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+@given(case=pair_cases(), seed=st.integers(0, 2**16))
+def test_order_does_not_matter(name: str, case: PairCase, seed: int) -> None:
+    """Permuting tokens, responses and the ids of pairs permutes the losses and nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = case.batch
+    assert batch.pair is not None
+    assert batch.ref_log_odds is not None
+    losses = PAIRWISE[name](case.log_odds, batch)
+    tokens = torch.randperm(len(case.log_odds), generator=generator)
+    responses = torch.randperm(batch.responses, generator=generator)
+    shuffled = TokenBatch(
+        responses.argsort()[batch.response][tokens],
+        batch.preferred[responses],
+        pair=-batch.pair[responses] + 10,
+        ref_log_odds=batch.ref_log_odds[tokens],
+    )
+    torch.testing.assert_close(PAIRWISE[name](case.log_odds[tokens], shuffled), losses.flip(0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradcheck(name: str) -> None:
+    torch.manual_seed(1)
+    response = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3])
+    batch = TokenBatch(
+        response,
+        torch.tensor([True, False, False, True]),
+        torch.tensor([0, 0, 1, 1]),
+        ref_log_odds=torch.randn(8, dtype=torch.float64),
+    )
+    log_odds = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    if name.startswith("bnf"):  # the target is a constant of the gradient: hold it where autograd holds it
+        _, gradient = leaf_gradients(OBJECTIVES[name], PairCase(log_odds.detach(), batch))
+        epsilon = 1e-6
+        for t in range(8):
+            moved = [
+                _with_fixed_target(name, log_odds.detach(), batch, log_odds.detach() + step * torch.eye(8, dtype=torch.float64)[t])
+                for step in (epsilon, -epsilon)
+            ]
+            assert ((moved[0] - moved[1]) / (2 * epsilon)).item() == pytest.approx(gradient[t].item(), rel=1e-6, abs=1e-9)
+    else:
+        assert torch.autograd.gradcheck(lambda x: OBJECTIVES[name](x, batch), (log_odds,))
+
+
+def _with_fixed_target(name: str, at: Tensor, batch: TokenBatch, log_odds: Tensor) -> Tensor:
+    """Sum of BNF's losses at `log_odds` with the weights it has at `at`: finite differences of a stop-gradient."""
+    from bnf_core import bnf_weight
+
+    assert batch.ref_log_odds is not None
+    w = bnf_weight(at, batch.ref_log_odds)
+    losses = -batch.sign.double() * batch.mean(w * torch.nn.functional.logsigmoid(log_odds))
+    if name == "bnf_contrastive":
+        r_w, r_l = pair_logps(at, batch).log_ratios
+        chosen, rejected = batch.pairs()
+        return (torch.sigmoid(0.1 * (r_l - r_w)) * (losses[chosen] + losses[rejected])).sum()
+    if name == "bnf_binary":  # BCE's target is f_y, not w: f_y = w + (1 - w) pi_y
+        f_y = w + (1 - w) * torch.sigmoid(at)
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(log_odds, f_y, reduction="none")
+        return (batch.sign.double() * batch.mean(bce)).sum()
+    return losses.sum()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_constraint
+def test_constraints_from_full_logits_and_from_the_head(name: str, implementation: str) -> None:
+    """The readable path and the one that never holds (tokens, vocab): same values, same gradients to the hidden states."""
+    torch.manual_seed(2)
+    sequences, positions, dim, vocab = 6, 5, 4, 9
+    labels = torch.randint(vocab, (sequences, positions))
+    labels[torch.rand(sequences, positions) < 0.3] = -100
+    labels[:, 0] = 1
+    weight, ref_weight = torch.randn(2, vocab, dim, dtype=torch.float64)
+    preferred = torch.tensor([True] * 3 + [False] * 3)
+
+    hidden = torch.randn(sequences, positions, dim, dtype=torch.float64, requires_grad=True)
+    pairs = PairLogps(*reference.pair_logps(hidden @ weight.T, hidden.detach() @ ref_weight.T, labels))
+    readable = constraints.CONSTRAINTS[name](pairs)
+
+    same = hidden.detach().clone().requires_grad_()
+    mask = labels != -100
+    options: dict[str, Any] = {"implementation": implementation, "chunk_size": 4}
+    log_odds, _ = linear_log_odds(same[mask], weight, labels[mask], **options)
+    ref_log_odds, _ = linear_log_odds(same[mask].detach(), ref_weight, labels[mask], **options)
+    response = torch.arange(sequences).unsqueeze(1).expand_as(labels)[mask]
+    batch = TokenBatch(response, preferred, torch.tensor([0, 1, 2, 0, 1, 2]), ref_log_odds=ref_log_odds)
+    efficient = constraints.CONSTRAINTS[name](pair_logps(log_odds, batch))
+
+    for ours, theirs in zip(efficient, readable, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    if readable[0].requires_grad:
+        sum(c.sum() for c in readable).backward()  # type: ignore[union-attr]
+        sum(c.sum() for c in efficient).backward()  # type: ignore[union-attr]
+        torch.testing.assert_close(same.grad, hidden.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_dpo_through_the_head_is_dpo_on_full_logits() -> None:
+    torch.manual_seed(3)
+    logits, ref_logits = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    labels = torch.randint(7, (4, 6))
+    pairs = PairLogps(*reference.pair_logps(logits, ref_logits, labels))
+    r_w, r_l = pairs.log_ratios
+    expected = -torch.nn.functional.logsigmoid(0.1 * (r_w - r_l))
+    response = torch.arange(4).repeat_interleave(6)
+    ref, _ = token_log_odds(ref_logits.flatten(0, 1), labels.flatten())
+    batch = TokenBatch(response, torch.tensor([True, True, False, False]), torch.tensor([0, 1, 0, 1]), ref_log_odds=ref)
+    actual = OBJECTIVES["dpo"](token_log_odds(logits.flatten(0, 1), labels.flatten())[0], batch)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_kinks_take_the_subgradient_zero() -> None:
+    batch = TokenBatch(torch.tensor([0, 1]), torch.tensor([True, False]), torch.tensor([0, 0]), ref_log_odds=torch.zeros(2))
+    for name, hyper in (("slic_hf", {"delta": 0.0, "lambda_": 0.0}), ("dpop", {"beta": 1.0, "lambda_": 7.0})):
+        case = PairCase(torch.zeros(2), batch)
+        _, gradient = leaf_gradients(lambda x, b, n=name, h=hyper: OBJECTIVES[n](x, b, **h), case)  # type: ignore[misc]
+        c_w, c_l = constraints.CONSTRAINTS[name](pair_logps(case.log_odds, batch), **hyper)
+        torch.testing.assert_close(gradient, torch.stack([-c_w[0], c_l[0]]) * 0.5)
+    assert c_w == c_l == 0.5  # DPOP at r_w = 0: the penalty does not act
+
+
+def test_contrastive_bnf_is_bnf_where_policy_is_reference() -> None:
+    log_odds = torch.randn(4, dtype=torch.float64)
+    batch = TokenBatch(
+        torch.tensor([0, 1, 2, 3]), torch.tensor([True, False, True, False]), torch.tensor([0, 0, 1, 1]), ref_log_odds=log_odds
+    )
+    plain, ours = OBJECTIVES["bnf"](log_odds, batch), OBJECTIVES["bnf_contrastive"](log_odds, batch)
+    torch.testing.assert_close(ours.mean(), plain.mean())
+
+
+SINGLE = TokenBatch(torch.tensor([0, 1]), torch.tensor([True, False]), ref_log_odds=torch.zeros(2))
+PAIRED = replace(SINGLE, pair=torch.tensor([0, 0]))
+BAD = {
+    "unpaired": (lambda: OBJECTIVES["dpo"](torch.zeros(2), SINGLE), "batch.pair: expected the pair of each response"),
+    "one-unpaired": (
+        lambda: OBJECTIVES["ipo"](torch.zeros(2), replace(SINGLE, pair=torch.tensor([0, -1]))),
+        "every response in a pair .* row 1 has none",
+    ),
+    "two-preferred": (
+        lambda: OBJECTIVES["simpo"](torch.zeros(2), replace(PAIRED, preferred=torch.tensor([True, True]))),
+        "one preferred and one dispreferred response in each pair",
+    ),
+    "pair-of-four": (
+        lambda: TokenBatch(torch.arange(4), torch.tensor([True, False, True, False]), torch.zeros(4, dtype=torch.long)).pairs(),
+        "one preferred and one dispreferred response in each pair",
+    ),
+    "no-reference": (lambda: OBJECTIVES["dpo"](torch.zeros(2), replace(PAIRED, ref_log_odds=None)), "batch.ref_log_odds"),
+    "kto-no-reference": (lambda: OBJECTIVES["kto"](torch.zeros(2), replace(SINGLE, ref_log_odds=None)), "batch.ref_log_odds"),
+    "beta": (lambda: OBJECTIVES["dpo"](torch.zeros(2), PAIRED, beta=0), "beta: expected a positive number, got 0"),
+    "nan": (lambda: OBJECTIVES["simpo"](torch.zeros(2), PAIRED, beta=float("nan")), "beta: expected a positive number"),
+    "tau": (lambda: OBJECTIVES["ipo"](torch.zeros(2), PAIRED, tau=-1.0), "tau: expected a positive number"),
+    "lambda": (lambda: OBJECTIVES["orpo"](torch.zeros(2), PAIRED, lambda_=-1.0), "lambda_: expected a non-negative number"),
+    "log-odds": (lambda: OBJECTIVES["nll_pll"](torch.zeros(3), PAIRED), r"log_odds: expected shape \(2,\)"),
+    "constraint-input": (lambda: constraints.dpo_constraint((1, 2)), "pairs: expected a PairLogps"),  # type: ignore[arg-type]
+    "kto-constraint": (
+        lambda: constraints.kto_constraint(torch.zeros(2), torch.tensor([1, 0])),
+        "preferred: expected a bool tensor",
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
