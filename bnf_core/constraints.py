@@ -19,15 +19,15 @@ from bnf_core.batch import PairLogps
 
 __all__ = [
     "CONSTRAINTS",
-    "nll_pll_constraint",
-    "slic_hf_constraint",
     "dpo_constraint",
-    "ipo_constraint",
-    "simpo_constraint",
-    "r_dpo_constraint",
-    "orpo_constraint",
     "dpop_constraint",
+    "ipo_constraint",
     "kto_constraint",
+    "nll_pll_constraint",
+    "orpo_constraint",
+    "r_dpo_constraint",
+    "simpo_constraint",
+    "slic_hf_constraint",
 ]
 
 Constraint = tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]

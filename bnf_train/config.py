@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_length": 512,
         "eval_strategy": "steps",
         "eval_steps": 6,
+        "save_strategy": "no",
     },
 }
 

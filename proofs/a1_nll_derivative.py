@@ -18,7 +18,11 @@ def claim() -> tuple[sp.Expr, sp.Symbol, sp.Symbol]:
 def main() -> None:
     derivative, z, others = claim()
     pi = sp.exp(z) / (sp.exp(z) + others)
-    prove("A.1: |d NLL / d z_y| = 1 - pi_y", "symbolic derivative, any vocabulary (A = sum of the others' e^z)", derivative + (1 - pi))
+    prove(
+        "A.1: |d NLL / d z_y| = 1 - pi_y",
+        "symbolic derivative, any vocabulary (A = sum of the others' e^z)",
+        derivative + (1 - pi),
+    )
 
 
 if __name__ == "__main__":

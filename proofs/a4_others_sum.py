@@ -16,7 +16,11 @@ def main() -> None:
             "symbolic, any vocabulary; both sides have one sign because f_y >= pi_y",
             other - share * (f_y - p),
         )
-    prove("A.4: f_y >= pi_y", "pi_y / pi_ref - pi_y = pi_y (1 - pi_ref) / pi_ref >= 0, and 1 - pi_y >= 0", (p / r - p) - p * (1 - r) / r)
+    prove(
+        "A.4: f_y >= pi_y",
+        "pi_y / pi_ref - pi_y = pi_y (1 - pi_ref) / pi_ref >= 0, and 1 - pi_y >= 0",
+        (p / r - p) - p * (1 - r) / r,
+    )
 
 
 if __name__ == "__main__":

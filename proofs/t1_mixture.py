@@ -47,7 +47,11 @@ def main() -> None:
 
     def check(size: int) -> None:
         left, right = value(size)
-        prove(f"T1: -sum f log pi = w NLL + (1 - w) H(pi), V = {size}", "symbolic; linear in f, so for any V", sp.expand(left - right))
+        prove(
+            f"T1: -sum f log pi = w NLL + (1 - w) H(pi), V = {size}",
+            "symbolic; linear in f, so for any V",
+            sp.expand(left - right),
+        )
 
     for_each_size(check)
 

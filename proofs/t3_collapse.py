@@ -36,11 +36,20 @@ def main() -> None:
     prove("T3: 1 - pi_y = 1 / (1 + x)", "x = e^z / A", (1 - pi) - (1 / (1 + odds)).subs(odds, sp.exp(z) / others))
     for name, solution, w in (("w = 1", time_log_likelihood(), sp.Integer(1)), ("BNF, w = x / x0", time_bnf(), x / x0)):
         speed = -x * w / (1 + x)  # dx/dt
-        prove(f"T3: closed-form solution, {name}", "dt/dx = 1 / (dx/dt), and t = 0 at x0", sp.diff(solution, x) - 1 / speed, solution.subs(x, x0))
+        prove(
+            f"T3: closed-form solution, {name}",
+            "dt/dx = 1 / (dx/dt), and t = 0 at x0",
+            sp.diff(solution, x) - 1 / speed,
+            solution.subs(x, x0),
+        )
     assert sp.limit(x * sp.exp(time_log_likelihood()), x, 0, "+") == x0 * sp.exp(x0)
-    print("proved: T3: under w = 1, x e^t -> x0 e^x0 as x -> 0: pi_y ~ e^{-t}, z drifts like -t\n        symbolic limit of the solution")
+    print(
+        "proved: T3: under w = 1, x e^t -> x0 e^x0 as x -> 0: pi_y ~ e^{-t}, z drifts like -t\n        symbolic limit of the solution"
+    )
     assert sp.limit(x * time_bnf(), x, 0, "+") == x0
-    print("proved: T3: under BNF, x t -> x0 as x -> 0: pi_y ~ 1 / t, z drifts like -log t\n        symbolic limit of the solution")
+    print(
+        "proved: T3: under BNF, x t -> x0 as x -> 0: pi_y ~ 1 / t, z drifts like -log t\n        symbolic limit of the solution"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import sympy as sp
 from common import prove
 
 logp_w, logp_l, ref_w, ref_l = sp.symbols("logp_w logp_l ref_w ref_l", negative=True)
-len_w, len_l, beta, tau, lambda_, lambda_d, lambda_u = sp.symbols("len_w len_l beta tau lambda_ lambda_d lambda_u", positive=True)
+len_w, len_l, beta, tau, lambda_, lambda_d, lambda_u = sp.symbols(
+    "len_w len_l beta tau lambda_ lambda_d lambda_u", positive=True
+)
 gamma, delta, alpha, z0 = sp.symbols("gamma delta alpha z0", real=True)
 r_w, r_l = logp_w - ref_w, logp_l - ref_l
 mean_w, mean_l = logp_w / len_w, logp_l / len_l
@@ -50,18 +52,17 @@ CLAIMS: dict[str, list[Objective]] = {
     ],
     "dpo": [
         Objective(
-            -sp.log(sigmoid(beta * (r_w - r_l))), beta * sigmoid(beta * (r_l - r_w)), beta * sigmoid(beta * (r_l - r_w)), (beta,)
+            -sp.log(sigmoid(beta * (r_w - r_l))),
+            beta * sigmoid(beta * (r_l - r_w)),
+            beta * sigmoid(beta * (r_l - r_w)),
+            (beta,),
         )
     ],
     "ipo": [
-        Objective(
-            (r_w - r_l - 1 / (2 * tau)) ** 2, 2 * (1 / (2 * tau) + r_l - r_w), 2 * (1 / (2 * tau) + r_l - r_w), (tau,)
-        )
+        Objective((r_w - r_l - 1 / (2 * tau)) ** 2, 2 * (1 / (2 * tau) + r_l - r_w), 2 * (1 / (2 * tau) + r_l - r_w), (tau,))
     ],
     "simpo": [
-        Objective(
-            -sp.log(sigmoid(H_SIMPO)), beta / len_w * sigmoid(-H_SIMPO), beta / len_l * sigmoid(-H_SIMPO), (beta, gamma)
-        )
+        Objective(-sp.log(sigmoid(H_SIMPO)), beta / len_w * sigmoid(-H_SIMPO), beta / len_l * sigmoid(-H_SIMPO), (beta, gamma))
     ],
     "r_dpo": [Objective(-sp.log(sigmoid(H_R_DPO)), beta * sigmoid(-H_R_DPO), beta * sigmoid(-H_R_DPO), (beta, alpha))],
     "orpo": [
@@ -81,7 +82,11 @@ CLAIMS: dict[str, list[Objective]] = {
             "r_w > 0",
         ),
         Objective(
-            -sp.log(sigmoid(H_DPOP)), beta * (1 + lambda_) * sigmoid(-H_DPOP), beta * sigmoid(-H_DPOP), (beta, lambda_), "r_w < 0"
+            -sp.log(sigmoid(H_DPOP)),
+            beta * (1 + lambda_) * sigmoid(-H_DPOP),
+            beta * sigmoid(-H_DPOP),
+            (beta, lambda_),
+            "r_w < 0",
         ),
     ],
 }

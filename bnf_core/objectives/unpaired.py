@@ -1,6 +1,7 @@
 """Objectives for single responses other than BNF: one loss per response."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,5 +58,5 @@ def kto(
     r = sequence_logps(log_odds, batch) - sequence_logps(batch.ref_log_odds.detach().to(log_odds.dtype), batch)
     point = torch.as_tensor(z0, dtype=r.dtype, device=r.device).detach().clamp(min=0)
     x = beta * (r - point)
-    # 1 - sigmoid(x) = sigmoid(-x), without the cancellation
-    return torch.where(batch.preferred, lambda_d * torch.sigmoid(-x), lambda_u * torch.sigmoid(x))
+    # 1 - sigmoid(x) = sigmoid(-x); through its logarithm, because sigmoid's own backward, y (1 - y), cancels at y = 1
+    return torch.where(batch.preferred, lambda_d * F.logsigmoid(-x).exp(), lambda_u * F.logsigmoid(x).exp())

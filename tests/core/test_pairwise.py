@@ -152,7 +152,9 @@ def test_gradcheck(name: str) -> None:
         epsilon = 1e-6
         for t in range(8):
             moved = [
-                _with_fixed_target(name, log_odds.detach(), batch, log_odds.detach() + step * torch.eye(8, dtype=torch.float64)[t])
+                _with_fixed_target(
+                    name, log_odds.detach(), batch, log_odds.detach() + step * torch.eye(8, dtype=torch.float64)[t]
+                )
                 for step in (epsilon, -epsilon)
             ]
             assert ((moved[0] - moved[1]) / (2 * epsilon)).item() == pytest.approx(gradient[t].item(), rel=1e-6, abs=1e-9)
