@@ -43,13 +43,9 @@ def main() -> None:
             solution.subs(x, x0),
         )
     assert sp.limit(x * sp.exp(time_log_likelihood()), x, 0, "+") == x0 * sp.exp(x0)
-    print(
-        "proved: T3: under w = 1, x e^t -> x0 e^x0 as x -> 0: pi_y ~ e^{-t}, z drifts like -t\n        symbolic limit of the solution"
-    )
+    print("proved: T3: under w = 1, x e^t -> x0 e^x0 as x -> 0: pi_y ~ e^{-t}, z drifts like -t\n        symbolic limit")
     assert sp.limit(x * time_bnf(), x, 0, "+") == x0
-    print(
-        "proved: T3: under BNF, x t -> x0 as x -> 0: pi_y ~ 1 / t, z drifts like -log t\n        symbolic limit of the solution"
-    )
+    print("proved: T3: under BNF, x t -> x0 as x -> 0: pi_y ~ 1 / t, z drifts like -log t\n        symbolic limit")
 
 
 if __name__ == "__main__":

@@ -115,3 +115,13 @@ def pair_cases(draw: st.DrawFn, max_pairs: int = 3, max_length: int = 5) -> Pair
         ref_log_odds=torch.tensor(ref, dtype=torch.float64),
     )
     return PairCase(torch.tensor(log_odds, dtype=torch.float64), batch)
+
+
+@st.composite
+def long_responses(draw: st.DrawFn, tokens: int = 1500) -> Responses:
+    """One very long response beside a one-token one, over a small vocabulary; policy and reference unrelated."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32), label="seed"))
+    logits, ref_logits = 5 * torch.randn(2, 2, tokens, 4, dtype=torch.float64, generator=generator)
+    labels = torch.randint(4, (2, tokens), generator=generator)
+    labels[1, 1:] = IGNORE
+    return Responses(logits, ref_logits, labels, torch.tensor([draw(st.booleans()), draw(st.booleans())]))
