@@ -17,7 +17,8 @@ jaxtyping.install_import_hook("bnf_core", "beartype.beartype")
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=100, **common)
 settings.register_profile("ci", max_examples=100, derandomize=True, print_blob=True, **common)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+settings.register_profile("quick", max_examples=25, derandomize=True, **common)  # for mutate.py
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

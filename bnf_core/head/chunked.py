@@ -130,7 +130,7 @@ def _row_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _rounded(x: Tensor, compute_dtype: torch.dtype, accumulate: torch.dtype) -> Tensor:
     """x rounded to the dtype it is computed in, held in the dtype that products are summed in."""
-    return x.detach().to(compute_dtype).to(accumulate)
+    return x.to(compute_dtype).to(accumulate)
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:
