@@ -2,6 +2,7 @@
 
 The paper, readable    reference: eqs. 4, 5, 6, 8, 9, and T1, on full logits
 The log-odds head      linear_log_odds (never holds the logits), token_log_odds (from logits)
+In one pass            linear_bnf_loss, linear_token_loss (any loss of a token's log-odds)
 The batch              TokenBatch; sequence_logps, pair_logps
 BNF                    bnf, bnf_binary (T2), bnf_weight, bnf_target
 Every objective        OBJECTIVES by name (PAIRWISE: those with one loss per pair)
@@ -10,7 +11,8 @@ Every constraint       constraints: C_w, C_l of each objective in closed form
 
 from bnf_core import constraints, reference
 from bnf_core.batch import PairLogps, TokenBatch, pair_logps, sequence_logps
-from bnf_core.head import linear_log_odds, token_log_odds
+from bnf_core.fused import linear_bnf_loss
+from bnf_core.head import linear_log_odds, linear_token_loss, token_log_odds
 from bnf_core.objectives import OBJECTIVES, PAIRWISE, Objective, bnf, bnf_binary, bnf_target, bnf_weight
 
 __version__ = "0.1.0"
@@ -26,7 +28,9 @@ __all__ = [
     "bnf_target",
     "bnf_weight",
     "constraints",
+    "linear_bnf_loss",
     "linear_log_odds",
+    "linear_token_loss",
     "pair_logps",
     "reference",
     "sequence_logps",

@@ -1,16 +1,30 @@
 """The log-odds head: hidden states in, one log-odds per token out. It never sees a preference."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_labels, check_same_device
-from bnf_core.head.chunked import linear_log_odds_chunked
-from bnf_core.head.naive import linear_log_odds_naive, token_log_odds
+from bnf_core._checks import IGNORE, check_floating, check_labels, check_positive, check_same_device, describe
+from bnf_core.head.chunked import log_odds_chunked, token_loss_chunked
+from bnf_core.head.naive import HeadOptions, log_odds_naive, token_log_odds, token_loss_naive
 
-__all__ = ["IMPLEMENTATIONS", "linear_log_odds", "token_log_odds"]
+__all__ = ["IMPLEMENTATIONS", "linear_log_odds", "linear_token_loss", "token_log_odds"]
 
-IMPLEMENTATIONS = {"naive": linear_log_odds_naive, "chunked": linear_log_odds_chunked}
+
+class Implementation(NamedTuple):
+    """The two functions of a file in this folder; one signature each."""
+
+    log_odds: Callable[..., tuple[Tensor, Tensor]]
+    token_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+IMPLEMENTATIONS = {
+    "naive": Implementation(log_odds_naive, token_loss_naive),
+    "chunked": Implementation(log_odds_chunked, token_loss_chunked),
+}
 
 
 def linear_log_odds(
@@ -57,6 +71,93 @@ def linear_log_odds(
       >>> log_odds  # logits (2, 1, 1): 2 - log(2e)
       tensor([0.3069])
     """
+    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size)
+    kept = (labels != IGNORE).nonzero().squeeze(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        log_odds, entropy = path.log_odds(hidden.index_select(0, kept), weight, labels[kept].long(), bias, options)
+    return _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+
+
+def linear_token_loss(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    labels: Int[Tensor, " tokens"],
+    token_loss: Callable[..., Float[Tensor, " some_tokens"]],
+    *per_token: Tensor,
+    bias: Float[Tensor, " vocab"] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    implementation: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """Sum over tokens of any loss of a token's log-odds, value and gradients in one pass.
+
+    L = sum_t token_loss(l_t, per_token_t),     l as in `linear_log_odds`.
+
+    A token's loss depends on that token alone, so its gradient is known while its logits are still there: dhidden,
+    dweight and dbias are computed in forward, three matrix products in all (two where the weight is frozen, one
+    where nothing asks for a gradient). The derivative of token_loss comes from autograd on vectors of length tokens.
+
+    Args:
+      hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size: as for `linear_log_odds`.
+      token_loss: (log_odds, *per_token) -> loss of each token, differentiable in log_odds. Called on some of the tokens
+        at a time; each must not depend on the others.
+      per_token: tensors of one entry per token, constants.
+
+    Returns:
+      (loss, log_odds, entropy): a differentiable scalar, and two detached vectors (tokens,), 0 where the label is
+      -100. Without response tokens the loss is a differentiable 0. Its gradients can be used once.
+
+    Raises:
+      ValueError: as `linear_log_odds`, or a per-token tensor of another length.
+
+    Example:
+      Cross-entropy, -log pi_y = -log sigmoid(l), of logits (2, 1, 1):
+
+      >>> import torch
+      >>> hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
+      >>> weight = torch.tensor([[2.0, 0.0], [1.0, 5.0], [1.0, -5.0]])
+      >>> loss, log_odds, entropy = linear_token_loss(
+      ...     hidden, weight, torch.tensor([0]), lambda l: -torch.nn.functional.logsigmoid(l)
+      ... )
+      >>> loss.backward()
+      >>> loss.detach(), hidden.grad  # sum_j (pi_j - 1[j = y]) w_j
+      (tensor(0.5514), tensor([[-0.4239,  0.0000]]))
+    """
+    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size)
+    for i, values in enumerate(per_token):
+        if not isinstance(values, Tensor) or values.dim() < 1 or len(values) != len(labels):
+            raise ValueError(f"per_token[{i}]: expected a tensor of {len(labels)} entries, got {describe(values)}.")
+    check_same_device(hidden=hidden, **{f"per_token[{i}]": values for i, values in enumerate(per_token)})
+    kept = (labels != IGNORE).nonzero().squeeze(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, log_odds, entropy = path.token_loss(
+            hidden.index_select(0, kept),
+            weight,
+            labels[kept].long(),
+            bias,
+            options,
+            token_loss,
+            tuple(values.detach().index_select(0, kept) for values in per_token),
+        )
+    return loss, _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+
+
+def _restored(values: Tensor, kept: Tensor, tokens: int) -> Tensor:
+    """Back in place among tokens whose label is -100."""
+    return values if len(kept) == tokens else values.new_zeros(tokens).index_copy(0, kept, values)
+
+
+def _checked(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    implementation: str,
+    chunk_size: int | None,
+) -> tuple[HeadOptions, Implementation]:
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
@@ -68,8 +169,9 @@ def linear_log_odds(
     if bias is not None:
         check_floating("bias", bias, (weight.shape[0],))
     check_same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}.")
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_positive("logit_scale", logit_scale)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 token, got {chunk_size}.")
     name = "chunked" if implementation == "auto" else implementation
@@ -78,8 +180,7 @@ def linear_log_odds(
 
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        compute_dtype = torch.get_autocast_dtype(device)
+        compute = torch.get_autocast_dtype(device)
     else:
-        compute_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    with torch.autocast(device, enabled=False):
-        return IMPLEMENTATIONS[name](hidden, weight, labels, bias, softcap, logit_scale, compute_dtype, chunk_size)
+        compute = torch.promote_types(hidden.dtype, weight.dtype)
+    return HeadOptions(softcap, logit_scale, compute, chunk_size), IMPLEMENTATIONS[name]

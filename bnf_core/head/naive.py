@@ -1,5 +1,8 @@
 """The log-odds head with all logits in memory: the one to read, and the oracle of the others."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from bnf_core._checks import IGNORE, check_floating, check_labels, check_same_device
 
-__all__ = ["linear_log_odds_naive", "token_log_odds"]
+__all__ = ["HeadOptions", "log_odds_naive", "token_log_odds", "token_loss_naive"]
 
 
 def token_log_odds(
@@ -67,23 +70,44 @@ def binary_entropy(log_odds: Tensor) -> Tensor:
     return -(p_log_p.masked_fill(log_odds.isneginf(), 0) + other.masked_fill(log_odds.isposinf(), 0))
 
 
-def linear_log_odds_naive(
+@dataclass(frozen=True)
+class HeadOptions:
+    """How the logits come from hidden states, z = cap(logit_scale * (hidden @ weight.T + bias)), and in which dtypes."""
+
+    softcap: float | None
+    logit_scale: float
+    compute: torch.dtype  # operands are rounded to this
+    chunk_size: int | None
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """Products are summed in this."""
+        return torch.float64 if self.compute == torch.float64 else torch.float32
+
+
+def log_odds_naive(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions
+) -> tuple[Tensor, Tensor]:
+    """As `linear_log_odds`, by autograd through (tokens, vocab) logits."""
+    wide = options.accumulate
+    logits = F.linear(hidden.to(options.compute).to(wide), weight.to(options.compute).to(wide))
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    return token_log_odds(logits, labels)
+
+
+def token_loss_naive(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    compute_dtype: torch.dtype,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor]:
-    """As `linear_log_odds`, by autograd through (tokens, vocab) logits; `chunk_size` is not used."""
-    accumulate = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    # operands are rounded to the dtype they are computed in, products are not
-    logits = F.linear(hidden.to(compute_dtype).to(accumulate), weight.to(compute_dtype).to(accumulate))
-    if bias is not None:
-        logits = logits + bias.to(accumulate)
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return token_log_odds(logits, labels)
+    options: HeadOptions,
+    token_loss: Callable[..., Tensor],
+    per_token: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `linear_token_loss`, by autograd."""
+    log_odds, entropy = log_odds_naive(hidden, weight, labels, bias, options)
+    return token_loss(log_odds, *per_token).sum(), log_odds.detach(), entropy
