@@ -1,7 +1,9 @@
 """The log-odds head: hidden states in, one log-odds per token out. It never sees a preference."""
 
+import importlib.util
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,10 +23,29 @@ class Implementation(NamedTuple):
     token_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+def _triton_log_odds(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from bnf_core.head.triton import log_odds_triton  # imported where it is used: triton is slow to import, and optional
+
+    return torch.compiler.disable(log_odds_triton)(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _triton_token_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from bnf_core.head.triton import token_loss_triton
+
+    return torch.compiler.disable(token_loss_triton)(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+
+
 IMPLEMENTATIONS = {
     "naive": Implementation(log_odds_naive, token_loss_naive),
     "chunked": Implementation(log_odds_chunked, token_loss_chunked),
+    "triton": Implementation(_triton_log_odds, _triton_token_loss),
 }
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Triton is installed, and the device is a GPU or Triton interprets its kernels on the CPU."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return importlib.util.find_spec("triton") is not None and (device.type == "cuda" or interpreted)
 
 
 def linear_log_odds(
@@ -52,7 +73,8 @@ def linear_log_odds(
       bias: the head's bias. Differentiable.
       softcap: final logit soft-capping (Gemma-2: 30.0); None for none.
       logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
-      implementation: "naive" (all logits, autograd), "chunked", or "auto": the fastest there is for the device.
+      implementation: "naive" (all logits, autograd), "chunked" (any device), "triton" (CUDA), or "auto": the last on a
+        GPU where Triton is installed, else "chunked".
       chunk_size: tokens whose logits are held at a time; None lets the implementation choose.
 
     Returns:
@@ -174,10 +196,13 @@ def _checked(
     check_positive("logit_scale", logit_scale)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 token, got {chunk_size}.")
-    name = "chunked" if implementation == "auto" else implementation
+    automatic = "triton" if hidden.is_cuda and triton_runs_on(hidden.device) else "chunked"
+    name = automatic if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {', '.join(['auto', *IMPLEMENTATIONS])}, got {implementation!r}.")
 
+    if name == "triton" and not triton_runs_on(hidden.device):
+        raise ValueError(f"implementation: 'triton' needs the triton package and a CUDA device, got {hidden.device}.")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)

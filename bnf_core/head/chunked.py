@@ -108,7 +108,7 @@ class _TokenLoss(torch.autograd.Function):
                     leaf = rows.log_odds.detach().requires_grad_()
                     value = token_loss(leaf, *(x[chunk] for x in per_token)).sum()
                     coefficient = torch.autograd.grad(value, leaf)[0] if any(wanted) else leaf
-                loss += value.detach()
+                loss += value
                 by_hidden = gradients.add(chunk, h, labels[chunk], rows, coefficient)
                 if mean_log2 is None:
                     assert by_hidden is not None

@@ -40,8 +40,12 @@ def test_target_is_a_mixture(case: Responses) -> None:
     """T1: f = w onehot(y) + (1 - w) pi."""
     z, z_ref, y, _ = case.flat()
     w = bnf_weight(token_log_odds(z, y)[0], token_log_odds(z_ref, y)[0]).unsqueeze(-1)
+    target = reference.dynamic_target(z, z_ref, y)
     mixture = w * reference.one_hot_target(z, y) + (1 - w) * z.softmax(-1)
-    assert_close(mixture, reference.dynamic_target(z, z_ref, y), units=32, size=scale(z, z_ref), absolute=1)
+    for ours in (mixture, reference.mixture_target(z, z_ref, y)):
+        assert_close(ours, target, units=32, size=scale(z, z_ref), absolute=1)
+    padded = reference.mixture_target(case.logits, case.ref_logits, case.labels)
+    assert (padded[~case.mask] == 0).all()
 
 
 @given(case=responses())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from implementations import available
 from strategies import PairCase, pair_cases
 from torch import Tensor
 
@@ -180,7 +181,7 @@ def _with_fixed_target(name: str, at: Tensor, batch: TokenBatch, log_odds: Tenso
     return losses.sum()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 @every_constraint
 def test_constraints_from_full_logits_and_from_the_head(name: str, implementation: str) -> None:
     """The readable path and the one that never holds (tokens, vocab): same values, same gradients to the hidden states."""

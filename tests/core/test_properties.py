@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from implementations import available
 from strategies import Responses, long_responses, probabilities, responses
 from tolerances import assert_close, scale
 from torch import Tensor
@@ -185,7 +186,7 @@ def test_no_nan_anywhere(objective: object, case: Responses) -> None:
 # --- the same through the head -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_target_and_gradient_through_the_head(implementation: str, dtype: torch.dtype) -> None:
     """The dynamic target and its gradient without (tokens, vocab) tensors, against the readable ones on full logits."""

@@ -95,3 +95,6 @@ def test_constants_of_the_gradient_are_constants() -> None:
         assert ref_log_odds.grad is None, name
         assert entropy.grad is None, name
     assert bnf(log_odds, batch).requires_grad
+    point = torch.tensor(0.3, requires_grad=True)
+    OBJECTIVES["kto"](log_odds, batch, z0=point).sum().backward()
+    assert point.grad is None

@@ -1,0 +1,252 @@
+"""Time and peak memory of the log-odds head, forward and backward, against the bare matrix products of its shape.
+
+    python -m bnf_core.benchmark                                   # SmolLM2's head on a CPU, Llama-3's and Gemma-2's on a GPU
+    python -m bnf_core.benchmark --shape 2048x576x49152 --dtype bfloat16 --repeats 7
+
+Every candidate runs in the same process, in turn (A B C A B C ...), so that a machine that changes its speed changes it
+for all; the table has medians with their spread. Memory is what a call holds at its peak beyond its inputs, dhidden and
+dweight. TRL's, Liger's and Apple's heads are measured where they are installed.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnf_core.batch import TokenBatch
+from bnf_core.fused import linear_bnf_loss
+from bnf_core.head import IMPLEMENTATIONS, linear_log_odds
+from bnf_core.objectives import bnf
+
+CPU_SHAPES = ["2048x576x49152"]
+GPU_SHAPES = ["8192x4096x128256", "8192x3584x256000", "32768x4096x128256"]
+Step = Callable[[], object]
+
+
+class Problem:
+    """Hidden states, weight and what else a head is given, with gradients wanted."""
+
+    def __init__(self, shape: str, dtype: torch.dtype, device: str) -> None:
+        self.tokens, self.dim, self.vocab = (int(n) for n in shape.split("x"))
+        generator = torch.Generator(device).manual_seed(0)
+        options: dict[str, Any] = {"device": device, "generator": generator}
+        self.hidden = torch.randn(self.tokens, self.dim, **options).to(dtype).requires_grad_()
+        self.weight = torch.randn(self.vocab, self.dim, **options).mul_(self.dim**-0.5).to(dtype).requires_grad_()
+        self.labels = torch.randint(self.vocab, (self.tokens,), **options)
+        self.ref_log_odds = torch.randn(self.tokens, **options) - 10
+        self.coefficient = torch.full((self.tokens,), 1 / self.tokens, device=device)
+
+    def backward(self, loss: Tensor) -> None:
+        self.hidden.grad = self.weight.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def candidates(p: Problem) -> dict[str, Step]:
+    """What can run here, by name. All but the first compute a loss and its gradients in hidden states and weight."""
+    found: dict[str, Step] = {"bare products": _bare(p)}
+    found["cross-entropy on full logits"] = lambda: p.backward(F.cross_entropy(F.linear(p.hidden, p.weight).float(), p.labels))
+    for name in IMPLEMENTATIONS:
+        found[f"linear_bnf_loss, {name}"] = lambda name=name: p.backward(  # type: ignore[misc]
+            linear_bnf_loss(p.hidden, p.weight, p.labels, p.ref_log_odds, p.coefficient, implementation=name)[0]
+        )
+        if name != "naive":
+            found[f"linear_log_odds, {name}"] = lambda name=name: p.backward(_two_steps(p, name))  # type: ignore[misc]
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch linear_cross_entropy"] = lambda: p.backward(
+            F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=options)
+        )
+    with contextlib.suppress(ImportError):
+        trl = importlib.import_module("trl.kernels").ChunkedLogProbFunction
+        found["TRL fused head"] = lambda: p.backward(-trl.apply(p.hidden, p.weight, None, p.labels, 1.0, 8192)[0].mean())
+    if p.hidden.is_cuda:
+        with contextlib.suppress(ImportError):
+            liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+            found["Liger"] = lambda: p.backward(liger(p.weight, p.hidden, p.labels))
+        with contextlib.suppress(ImportError):
+            cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+            found["CCE"] = lambda: p.backward(cce(p.hidden, p.weight, p.labels))
+    return found
+
+
+def _bare(p: Problem) -> Step:
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+    logits = torch.empty(p.tokens, p.vocab, dtype=hidden.dtype, device=hidden.device)
+
+    def products() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight)
+        torch.mm(logits.T, hidden)
+
+    return products
+
+
+def _two_steps(p: Problem, implementation: str) -> Tensor:
+    """As a sequence-level objective does it: log-odds first, the loss later."""
+    log_odds, entropy = linear_log_odds(p.hidden, p.weight, p.labels, implementation=implementation)
+    one = torch.zeros_like(p.labels)
+    batch = TokenBatch(one, one[:1] == 0, ref_log_odds=p.ref_log_odds, entropy=entropy)
+    return bnf(log_odds, batch).mean()
+
+
+def timed(step: Step, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(step: Step, p: Problem) -> float:
+    """Bytes held at the peak of a call beyond its inputs, dhidden and dweight."""
+    p.hidden.grad = p.weight.grad = None
+    gc.collect()
+    if p.hidden.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with _resident() as sample:
+            step()
+        peak = sample["peak"] - sample["before"]
+    gradients = sum(x.numel() * x.element_size() for x in (p.hidden, p.weight))
+    return float(max(peak - gradients, 0))
+
+
+@contextlib.contextmanager
+def _resident() -> Iterator[dict[str, int]]:
+    """Largest resident memory of this process meanwhile, sampled every millisecond (Linux)."""
+    page = 4096
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield {"before": 0, "peak": 0}
+        return
+
+    def read() -> int:
+        return int(statm.read_text().split()[1]) * page
+
+    sample = {"before": read(), "peak": 0}
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            sample["peak"] = max(sample["peak"], read())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield sample
+    finally:
+        stop.set()
+        thread.join()
+
+
+def measure(shape: str, dtype: torch.dtype, device: str, repeats: int, only: str) -> list[dict[str, Any]]:
+    """One row per candidate: median seconds, spread, ratio to the bare products, extra memory; or why it did not run."""
+    p = Problem(shape, dtype, device)
+    steps = {name: step for name, step in candidates(p).items() if only in name or name == "bare products"}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    failed: dict[str, str] = {}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            if name not in failed:
+                try:
+                    seconds = timed(step, device)
+                except Exception as error:  # a candidate that cannot is a row that says so
+                    failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                else:
+                    times[name] += [seconds] if turn else []  # the first turn warms up
+    rows = []
+    bare = statistics.median(times["bare products"])
+    for name, step in steps.items():
+        row: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "device": device, "name": name}
+        if name in failed:
+            row["failed"] = failed[name]
+        else:
+            median = statistics.median(times[name])
+            row |= {"seconds": median, "fastest": min(times[name]), "slowest": max(times[name]), "ratio": median / bare}
+            row["extra_mib"] = None if name == "bare products" else peak_memory(step, p) / 2**20
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
+        lines.append(f"\ntokens x dim x vocab = {shape}, {dtype}")
+        lines.append(f"{'':34}{'seconds':>9}{'(spread)':>18}{'ratio':>8}{'extra MiB':>11}")
+        for row in rows:
+            if (row["shape"], row["dtype"]) == (shape, dtype):
+                if "failed" in row:
+                    lines.append(f"{row['name']:34} did not run: {row['failed']}")
+                    continue
+                spread = f"({row['fastest']:.3f}-{row['slowest']:.3f})"
+                extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
+                lines.append(f"{row['name']:34}{row['seconds']:9.3f}{spread:>18}{row['ratio']:8.2f}{extra:>11}")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratio to the bare products, a bar per candidate. Needs matplotlib (the `train` extra)."""
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    shown = [row for row in rows if "ratio" in row and row["name"] != "bare products"]
+    figure, axis = plt.subplots(figsize=(8, 0.45 * len(shown) + 1.2), layout="constrained")
+    names = [f"{row['name']}\n{row['shape']} {row['dtype']}" for row in shown]
+    axis.barh(range(len(shown)), [row["ratio"] for row in shown])
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks(range(len(shown)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel="time, bare matrix products = 1")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--shape", action="append", help="TOKENSxDIMxVOCAB, repeatable; default: by device")
+    parser.add_argument("--dtype", action="append", help="float32, bfloat16 or float16, repeatable; default: by device")
+    parser.add_argument("--device", default=device, help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each, after one to warm up")
+    parser.add_argument("--only", default="", help="only candidates whose name contains this")
+    parser.add_argument("--output", type=Path, default=Path("benchmark"), help="writes OUTPUT.json and OUTPUT.png")
+    options = parser.parse_args(arguments)
+    rows = []
+    for shape in options.shape or (GPU_SHAPES if options.device == "cuda" else CPU_SHAPES):
+        for name in options.dtype or (["bfloat16"] if options.device == "cuda" else ["float32"]):
+            rows += measure(shape, getattr(torch, name), options.device, options.repeats, options.only)
+    processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads")
+    print(table(rows))
+    options.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
+    try:
+        plot(rows, options.output.with_suffix(".png"))
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+    else:
+        print(f"\nwrote {options.output.with_suffix('.json')} and {options.output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
