@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bnf_core.batch import TokenBatch
 from bnf_core.fused import linear_bnf_loss
-from bnf_core.head import IMPLEMENTATIONS, linear_log_odds
+from bnf_core.head import IMPLEMENTATIONS, linear_log_odds, triton_runs_on
 from bnf_core.objectives import bnf
 
 CPU_SHAPES = ["2048x576x49152"]
@@ -59,6 +59,8 @@ def candidates(p: Problem) -> dict[str, Step]:
     found: dict[str, Step] = {"bare products": _bare(p)}
     found["cross-entropy on full logits"] = lambda: p.backward(F.cross_entropy(F.linear(p.hidden, p.weight).float(), p.labels))
     for name in IMPLEMENTATIONS:
+        if name == "triton" and not triton_runs_on(p.hidden.device):
+            continue
         found[f"linear_bnf_loss, {name}"] = lambda name=name: p.backward(  # type: ignore[misc]
             linear_bnf_loss(p.hidden, p.weight, p.labels, p.ref_log_odds, p.coefficient, implementation=name)[0]
         )
@@ -105,6 +107,8 @@ def _two_steps(p: Problem, implementation: str) -> Tensor:
 def timed(step: Step, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
+    else:
+        _trim()  # nobody inherits pages, or a fragmented heap, from the one before
     start = time.perf_counter()
     step()
     if device == "cuda":
@@ -122,13 +126,18 @@ def peak_memory(step: Step, p: Problem) -> float:
         step()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _trim()
         with _resident() as sample:
             step()
         peak = sample["peak"] - sample["before"]
     gradients = sum(x.numel() * x.element_size() for x in (p.hidden, p.weight))
     return float(max(peak - gradients, 0))
+
+
+def _trim() -> None:
+    """Freed memory goes back to the system, where the C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,16 @@ def _reproducible() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where there is a GPU, what tests an implementation for GPUs makes its tensors there."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    on_gpu = parameters.get("implementation") == "triton" and torch.cuda.is_available()
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
     """For bad input: the library's own checks answer, as they do for a user, not the annotations' at test time."""

@@ -22,7 +22,7 @@ from bnf_core.head.naive import HeadOptions, binary_entropy
 
 __all__ = ["log_odds_chunked", "token_loss_chunked"]
 
-CHUNK_BYTES = 60 * 2**20  # of logits (and what else is of their size) held at a time
+CHUNK_BYTES = 52 * 2**20  # of logits (and what else is of their size) held at a time
 BLOCK_BYTES = 4 * 2**20  # of weights held in the dtype that products are summed in
 
 
@@ -105,7 +105,7 @@ class _TokenLoss(torch.autograd.Function):
                 rows = _exponentials(head, h, labels[chunk], buffer, scratch)
                 mean_log2 = None if by_product else rows.mean_log2()
                 with torch.enable_grad():
-                    leaf = rows.log_odds.detach().requires_grad_()
+                    leaf = rows.log_odds.requires_grad_()
                     value = token_loss(leaf, *(x[chunk] for x in per_token)).sum()
                     coefficient = torch.autograd.grad(value, leaf)[0] if any(wanted) else leaf
                 loss += value

@@ -24,7 +24,9 @@ from bnf_train.trainer import BNFTrainer
 WriteRows = Callable[..., Path]
 
 
-def one_step(folder: Path, rows: list[dict[str, Any]], per_device: int, accumulate: int) -> dict[str, torch.Tensor]:
+def one_step(
+    folder: Path, rows: list[dict[str, Any]], per_device: int, accumulate: int, objective: str = "bnf"
+) -> dict[str, torch.Tensor]:
     """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
     flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
     config = parse(
@@ -45,7 +47,7 @@ def one_step(folder: Path, rows: list[dict[str, Any]], per_device: int, accumula
     trainer = BNFTrainer(
         model=model,
         args=config,
-        objective=OBJECTIVES["bnf"],
+        objective=OBJECTIVES[objective],
         data_collator=collator,
         train_dataset=data,
         processing_class=tokenizer,
@@ -54,14 +56,18 @@ def one_step(folder: Path, rows: list[dict[str, Any]], per_device: int, accumula
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("rows", [PAIRS, SINGLES[:8]], ids=["pairs", "singles"])
-def test_the_step_does_not_depend_on_its_micro_batches(model_folder: Path, rows: list[dict[str, Any]]) -> None:
-    """1 x 8, 2 x 4, 8 x 1: the mean is over the responses of the step, of different lengths and labels."""
-    whole = one_step(model_folder, rows, 8, 1)
+@pytest.mark.parametrize(
+    ("rows", "objective"),
+    [(PAIRS, "bnf"), (SINGLES[:8], "bnf"), (SINGLES[:8], "kto"), (PAIRS, "dpo"), (PAIRS, "simpo")],
+    ids=["pairs-bnf", "singles-bnf", "singles-kto", "pairs-dpo", "pairs-simpo"],
+)
+def test_the_step_does_not_depend_on_its_micro_batches(model_folder: Path, rows: list[dict[str, Any]], objective: str) -> None:
+    """1 x 8, 2 x 4, 8 x 1: the mean is over the responses (pairs) of the step, of different lengths and labels."""
+    whole = one_step(model_folder, rows, 8, 1, objective)
     before = load_model(str(model_folder)).state_dict()
     assert any((whole[k] - before[k]).abs().max() > 1e-3 for k in whole)
     for per_device, accumulate in ((4, 2), (2, 4), (1, 8)):
-        for key, value in one_step(model_folder, rows, per_device, accumulate).items():
+        for key, value in one_step(model_folder, rows, per_device, accumulate, objective).items():
             torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate}: {key}")
 
 
@@ -92,6 +98,15 @@ def test_a_run_leaves_a_model_that_plain_transformers_loads(
         assert shift["preferred"] > shift["dispreferred"]
     assert metrics["held_out"]["eval_responses/dispreferred"] >= 1
     assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pairwise_objective_refuses_single_responses(
+    model_folder: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows([*PAIRS, SINGLES[0]])
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert main(["--model", str(model_folder), "--dataset", str(rows), "--objective", "dpo", *out]) == 2
+    assert "--objective dpo compares the two sides of a pair" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over(model_folder: Path, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]) -> None:
