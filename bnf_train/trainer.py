@@ -32,7 +32,9 @@ class BNFTrainer(Trainer):
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
         self.objective = objective
         self.pairwise = objective in PAIRWISE.values()
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the responses of the whole step
+        # compute_loss divides by the responses of the whole step; the second line says so to older transformers (5.17)
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
         self._weights: dict[str, list[Tensor]] = defaultdict(list)
         self.remove_callback(ProgressCallback)
         self.add_callback(_ProgressBar)
