@@ -1,12 +1,11 @@
 """Do the tests notice? Breaks bnf_core in one place at a time and runs tests/core on each broken copy. By hand, not in CI:
 
-    python tests/mutate.py [--sample 100] [--file reference.py]
+    python tests/mutate.py [how many, at random; default all]
 
-Mutants: + and - swapped, * and / swapped, a minus dropped, a comparison negated, min and max swapped, a detach dropped,
-exp() + 1e-6, a constant moved by one, a length dropped. Prints the survivors and the share killed.
+Mutants: + and - swapped, * and / swapped, a minus dropped, a comparison negated, min and max swapped, mean for sum, a
+detach dropped, exp() + 1e-6, a constant moved by one. Prints the survivors and the share killed.
 """
 
-import argparse
 import ast
 import contextlib
 import os
@@ -17,8 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis  # noqa: F401  (what every child needs is imported once, before it is forked)
-import mpmath  # noqa: F401
+import hypothesis  # noqa: F401  (imported once, before every child is forked)
 import pytest
 import torch
 
@@ -29,13 +27,14 @@ QUICKEST_FIRST = ["values", "head", "token_loss", "reference_errors", "objective
 SWAP = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 NEGATE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 RENAME = {"min": "max", "max": "min", "amax": "amin", "expm1": "exp", "log1p": "log", "mean": "sum", "relu": "sigmoid"}
+SIZES = ("CHUNK_BYTES", "BLOCK_BYTES", "size", "held")  # assignments where any value gives the same numbers
 
 
 def mutations(node: ast.AST) -> Iterator[ast.AST]:
     """Broken versions of one node."""
     if isinstance(node, ast.BinOp) and type(node.op) in SWAP:
         yield ast.BinOp(node.left, SWAP[type(node.op)](), node.right)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and ast.unparse(node) != "-1":  # -1 is an axis
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         yield node.operand
     if isinstance(node, ast.Compare) and type(node.ops[0]) in NEGATE:
         yield ast.Compare(node.left, [NEGATE[type(node.ops[0])](), *node.ops[1:]], node.comparators)
@@ -46,19 +45,14 @@ def mutations(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         if node.func.attr == "detach":
             yield node.func.value
-        if node.func.attr in ("exp", "exp_"):
+        if node.func.attr in ("exp", "exp_", "exp2_"):
             yield ast.BinOp(node, ast.Add(), ast.Constant(1e-6))
         if node.func.attr in RENAME:
             yield ast.Call(ast.Attribute(node.func.value, RENAME[node.func.attr], ast.Load()), node.args, node.keywords)
 
 
-def tuning(node: ast.AST) -> bool:
-    """Sizes of chunks and blocks: any value gives the same numbers."""
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("CHUNK_BYTES", "BLOCK_BYTES", "size", "held")
-
-
 class Rewrite(ast.NodeTransformer):
-    """Applies the n-th mutation outside checks, messages, annotations and default values; counts them if n is None."""
+    """Applies the n-th mutation outside checks, messages, annotations, defaults, axes and sizes; None only counts them."""
 
     def __init__(self, wanted: int | None = None) -> None:
         self.wanted, self.seen, self.what = wanted, 0, ""
@@ -66,7 +60,8 @@ class Rewrite(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> ast.AST:
         checks = isinstance(node, ast.FunctionDef) and node.name.startswith(("check", "_check", "__post_init__"))
         aside = isinstance(node, (ast.Raise, ast.Assert, ast.AnnAssign, ast.arguments, ast.Subscript))
-        if checks or aside or tuning(node) or ast.unparse(node) == "-1":
+        size = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in SIZES
+        if checks or aside or size or ast.unparse(node) == "-1":
             return node
         for broken in mutations(node):
             self.seen += 1
@@ -82,42 +77,24 @@ def killed(path: str, number: int) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "bnf_core", Path(folder) / "bnf_core", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / "bnf_core" / path).write_text(source)
-        child = os.fork()
-        if child == 0:
+        if (child := os.fork()) == 0:
             os.chdir(folder)
             sys.path.insert(0, folder)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
             with contextlib.suppress(BaseException):
-                os._exit(pytest.main([*arguments, *(str(ROOT / "tests/core" / f"test_{name}.py") for name in QUICKEST_FIRST)]))
+                os._exit(pytest.main([*options, *(str(ROOT / "tests/core" / f"test_{name}.py") for name in QUICKEST_FIRST)]))
             os._exit(1)
         return os.waitpid(child, 0)[1] != 0, f"{path}, {rewrite.what}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=None, help="only so many, chosen at random (seeded)")
-    parser.add_argument("--file", default="", help="only files whose name contains this")
-    options = parser.parse_args()
+if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ["HYPOTHESIS_PROFILE"] = "quick"
-    places = []
-    for path in (p for p in FILES if options.file in p):
-        count = Rewrite()
-        count.visit(ast.parse((ROOT / "bnf_core" / path).read_text()))
+    os.environ["HYPOTHESIS_PROFILE"], places = "quick", []
+    for path in FILES:
+        (count := Rewrite()).visit(ast.parse((ROOT / "bnf_core" / path).read_text()))
         places += [(path, number) for number in range(count.seen)]
     random.Random(0).shuffle(places)
-    places = places[: options.sample]
-    survivors = 0
-    for done, (path, number) in enumerate(places, 1):
-        dead, what = killed(path, number)
-        survivors += not dead
-        if not dead:
-            print(f"survived: {what}", flush=True)
-        if done % 25 == 0:
-            print(f"{done}/{len(places)}: {1 - survivors / done:.1%} killed", flush=True)
-    print(f"{len(places) - survivors} of {len(places)} mutants killed ({1 - survivors / len(places):.1%})")
-
-
-if __name__ == "__main__":
-    main()
+    places = places[: int(sys.argv[1]) if len(sys.argv) > 1 else None]
+    survivors = [what for dead, what in (killed(*place) for place in places) if not dead and not print("survived:", what)]
+    print(f"{len(places) - len(survivors)} of {len(places)} mutants killed ({1 - len(survivors) / len(places):.1%})")
