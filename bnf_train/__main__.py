@@ -40,7 +40,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
 
     from bnf_core import OBJECTIVES, PAIRWISE
     from bnf_train import data, demo, report
-    from bnf_train.load import load_model, load_tokenizer
+    from bnf_train.load import context_length, load_model, load_tokenizer
     from bnf_train.model_head import attach_log_odds_head
     from bnf_train.reference_cache import add_ref_log_odds
     from bnf_train.trainer import BNFTrainer
@@ -55,6 +55,10 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.set_seed(config.seed)
 
+    context = context_length(config.model, config.trust_remote_code)
+    if context is not None and context < config.max_length:
+        console.print(f"--max_length {config.max_length} is more than {config.model} was made for: {context} it is.")
+        config.max_length = context
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     train_rows, held_out = _rows(config, tokenizer, console)
     if config.objective in PAIRWISE and any(len(row.responses) == 1 for row in train_rows + held_out):

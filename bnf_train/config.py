@@ -151,8 +151,8 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
     preset = dict(PRESETS.get(model, {}))
     if {"gradient_accumulation_steps", "per_device_train_batch_size"} & given.keys():
         preset.pop("batch_size", None)  # belongs with the preset's own
-    if "model" not in given and "dataset" in given:  # the demo model on somebody's data
-        preset["max_length"] = 1024
+    if "model" not in given and "dataset" in given:  # the demo model on somebody's data: as long as it can
+        preset.pop("max_length")
     try:
         return BNFConfig(**{"model": model} | preset | given)
     except (ValueError, TypeError) as error:  # TrainingArguments' own checks

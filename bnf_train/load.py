@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bnf_train.errors import UsageError
 
@@ -22,6 +22,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from positions, so which token pads does not matter
     return tokenizer
+
+
+def context_length(name: str, trust_remote_code: bool = False) -> int | None:
+    """The longest sequence that a model was made for, in tokens; None where its configuration does not say."""
+    config = _from_model(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:

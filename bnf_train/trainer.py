@@ -36,8 +36,8 @@ class BNFTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._weights: dict[str, list[Tensor]] = defaultdict(list)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(_ProgressBar)
+        if self.pop_callback(ProgressCallback) is not None:  # not with --disable_tqdm
+            self.add_callback(_ProgressBar)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Losses in the whole optimizer step, one per response or pair: every micro-batch, every process."""

@@ -100,6 +100,17 @@ def test_a_run_leaves_a_model_that_plain_transformers_loads(
     assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sequences_are_no_longer_than_the_model_was_made_for(
+    model_folder: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows([*PAIRS, {"prompt": "long", "chosen": "a" * 400, "rejected": "b"}])
+    flags = ["--max_steps", "1", "--batch_size", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(["--model", str(model_folder), "--dataset", str(rows), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "256 it is" in printed
+    assert "at --max_length 256, 1 responses cut, 0 rows dropped" in printed
+
+
 def test_a_pairwise_objective_refuses_single_responses(
     model_folder: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
