@@ -65,9 +65,10 @@ class _LogOdds(torch.autograd.Function):
     def backward(ctx: Any, grad_log_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, lse = ctx.saved_tensors
         work = _Work(hidden, weight, bias, labels, ctx.options, ctx.needs_input_grad[:3])
+        coefficient = grad_log_odds.contiguous()  # the gradient of a sum is one number, expanded
         for chunk in work.chunks():
             work.logits(chunk)
-            work.add_gradients(chunk, lse[chunk], grad_log_odds[chunk])
+            work.add_gradients(chunk, lse[chunk], coefficient[chunk])
         return (*work.gradients(), None, None)
 
 
@@ -92,7 +93,7 @@ class _TokenLoss(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = log_odds[chunk].detach().requires_grad_()
                 value = token_loss(leaf, *(x[chunk] for x in per_token)).sum()
-                coefficient = torch.autograd.grad(value, leaf)[0] if any(wanted) else leaf
+                coefficient = torch.autograd.grad(value, leaf)[0].contiguous() if any(wanted) else leaf
             loss += value
             work.add_gradients(chunk, lse, coefficient)
         ctx.gradients = work.gradients()

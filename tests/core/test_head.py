@@ -128,9 +128,15 @@ def test_autocast_rounds_operands_not_logits(implementation: str) -> None:
 def test_gradients_only_where_asked_for(implementation: str, frozen: str) -> None:
     inputs = problem((7, 5, 11, 3))
     inputs[frozen].requires_grad_(False)
-    linear_log_odds(**inputs, implementation=implementation)[0].sum().backward()
-    for name in ("hidden", "weight", "bias"):
-        assert (inputs[name].grad is None) == (name == frozen)
+    gradients = {}
+    for path in ("naive", implementation):
+        for name in ("hidden", "weight", "bias"):
+            inputs[name].grad = None
+        linear_log_odds(**inputs, implementation=path)[0].sum().backward()
+        gradients[path] = {name: inputs[name].grad for name in ("hidden", "weight", "bias")}
+    for name, ours in gradients[implementation].items():
+        assert (ours is None) == (name == frozen)
+        torch.testing.assert_close(ours, gradients["naive"][name])
 
 
 @every_implementation
