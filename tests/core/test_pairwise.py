@@ -283,3 +283,18 @@ BAD = {
 def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_certain_tokens_give_no_nan(name: str) -> None:
+    """Where nothing but the target is possible, l = inf and log pi = 0: a legal limit, for either side or both."""
+    batch = TokenBatch(torch.tensor([0, 1]), torch.tensor([True, False]), torch.tensor([0, 0]), ref_log_odds=torch.zeros(2))
+    for values in ([torch.inf, 0.0], [0.0, torch.inf], [torch.inf, torch.inf]):
+        log_odds = torch.tensor(values, requires_grad=True)
+        loss = PAIRWISE[name](log_odds, batch)
+        if name == "orpo" and values == [torch.inf, torch.inf]:  # a ratio of two infinite odds
+            continue
+        loss.sum().backward()
+        assert not loss.isnan().any()
+        assert log_odds.grad is not None
+        assert not log_odds.grad.isnan().any(), values
