@@ -1,36 +1,58 @@
-"""The log-odds head a chunk of tokens at a time: never more than (vocab, chunk) logits, on any device.
+"""The log-odds head a tile of logits at a time: some tokens by a block of the vocabulary, on any device.
 
-`token_loss_chunked` has the gradient of each chunk while its logits are there: three matrix products in all.
-`log_odds_chunked` must wait for the whole sequence, and recomputes them in backward: four.
+`token_loss_chunked`: value and gradients in one pass, three matrix products. A tile's exponentials go into dhidden
+while they are in the cache, and wait for the token's coefficient, which takes the whole row, for dweight: what is
+held is exponentials of one chunk of tokens, in the dtype that the products take.
+`log_odds_chunked`: the loss must see the whole sequence first, so backward computes the logits again, four products;
+logsumexp is known by then, and nothing larger than a tile is held.
 
-Logits stand transposed, (vocab, chunk) = weight @ hidden.T, which the products like better on a CPU and which makes a
-block of the vocabulary contiguous. Everything after the product happens in place, with exp2, which is several times
-faster than exp there: z = unit * raw, e^z = 2^(k raw), k = unit / log 2. Factors of a token multiply its hidden state
-or its gradient, never its logits.
+A tile goes from logits to exponentials by exp2, several times faster than exp on a CPU: z = unit * raw,
+e^z = 2^(k raw), k = unit / log 2. The base that is subtracted in the exponent need not be the row's maximum, which
+would take a pass of its own: any number within 60 powers of two of it does, and the target's logit nearly always is.
+Factors of a token multiply its hidden state or its gradient, never its logits.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bnf_core.head.naive import HeadOptions, binary_entropy
+from bnf_core.head.products import multiplies, product
 
 __all__ = ["log_odds_chunked", "token_loss_chunked"]
 
-CHUNK_BYTES = 52 * 2**20  # of logits (and what else is of their size) held at a time
-BLOCK_BYTES = 4 * 2**20  # of weights held in the dtype that products are summed in
+HELD_BYTES = {"cpu": 52 * 2**20, "cuda": 320 * 2**20}  # exponentials of a chunk of tokens
+TILE_BYTES = {"cpu": 1 * 2**20, "cuda": 64 * 2**20}  # of logits: on a CPU what fits its cache
+ROOM = 2.0**60  # sums of exponentials from 1 / ROOM to ROOM have lost nothing to overflow or underflow
+
+
+# (raw, -log2 of the base, k, capped, log2, x, others) -> sums of the others, and of others * their log2
+Fold = Callable[..., tuple[Tensor, Tensor]]
+
+
+def fold_eager(
+    raw: Tensor, minus_log2_base: Tensor, k: float, capped: bool, log2: Tensor, x: Tensor, others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A tile of logits to exponentials, `others` = 2^(k raw - log2 base), under a cap times its slope; in place."""
+    torch.add(minus_log2_base, raw, alpha=k, out=log2)
+    torch.exp2(log2, out=x)
+    mass = x.sum(1)
+    mean = log2.clamp_(min=-1e30).mul_(x).sum(1)  # 0 where -inf was
+    if capped:
+        x.mul_(raw.clamp_(min=-1).square_().neg_().add_(1))
+    others.copy_(x)
+    return mass, mean
 
 
 def log_odds_chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions, fold: Fold = fold_eager
 ) -> tuple[Tensor, Tensor]:
     """As `linear_log_odds`, recomputing the logits in backward."""
-    log_odds, entropy = _LogOdds.apply(hidden, weight, bias, labels, options)  # type: ignore[no-untyped-call]
+    log_odds, entropy = _LogOdds.apply(hidden, weight, bias, labels, options, fold)  # type: ignore[no-untyped-call]
     return log_odds, entropy
 
 
@@ -42,10 +64,11 @@ def token_loss_chunked(
     options: HeadOptions,
     token_loss: Callable[..., Tensor],
     per_token: tuple[Tensor, ...],
+    fold: Fold = fold_eager,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_token_loss`, with the gradients computed in forward."""
     loss, log_odds, entropy = _TokenLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, options, token_loss, per_token
+        hidden, weight, bias, labels, options, fold, token_loss, per_token
     )
     return loss, log_odds, entropy
 
@@ -53,16 +76,15 @@ def token_loss_chunked(
 class _LogOdds(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions, fold: Fold
     ) -> tuple[Tensor, Tensor]:
-        head = _Head(weight, bias, options)
+        head = _Head(hidden, weight, bias, labels, options, fold)
         log_odds, entropy, lse = (hidden.new_empty(len(hidden), dtype=options.accumulate) for _ in range(3))
-        with _exact_products(head):
-            for chunk, (buffer, scratch) in _chunks(head, len(hidden), buffers=2):
-                rows = _exponentials(head, head.rounded(hidden[chunk]), labels[chunk], buffer, scratch)
-                log_odds[chunk], entropy[chunk], lse[chunk] = rows.log_odds, rows.entropy(rows.mean_log2()), rows.lse
+        for chunk in head.chunks(held=False):
+            rows = _Rows(head, chunk)
+            log_odds[chunk], entropy[chunk], lse[chunk] = rows.log_odds, rows.entropy, rows.lse
         ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.options = options
+        ctx.options, ctx.fold = options, fold
         ctx.mark_non_differentiable(entropy)
         return log_odds, entropy
 
@@ -70,14 +92,10 @@ class _LogOdds(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_log_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, lse = ctx.saved_tensors
-        head = _Head(weight, bias, ctx.options)
-        gradients = _Gradients(head, hidden, *ctx.needs_input_grad[:3])
-        with _exact_products(head):
-            for chunk, (buffer, scratch) in _chunks(head, len(hidden), buffers=2 if head.softcap else 1):
-                h = head.rounded(hidden[chunk])
-                rows = _exponentials(head, h, labels[chunk], buffer, scratch, lse=lse[chunk])
-                gradients.add(chunk, h, labels[chunk], rows, grad_log_odds[chunk])
-        return (*gradients.result(), None, None)
+        head = _Head(hidden, weight, bias, labels, ctx.options, ctx.fold, ctx.needs_input_grad[:3])
+        for chunk in head.chunks(held=False):
+            _Rows(head, chunk, lse[chunk], grad_log_odds[chunk])
+        return (*head.gradients(), None, None, None)
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -89,32 +107,25 @@ class _TokenLoss(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         options: HeadOptions,
+        fold: Fold,
         token_loss: Callable[..., Tensor],
         per_token: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = _Head(weight, bias, options)
         wanted = ctx.needs_input_grad[:3]
-        gradients = _Gradients(head, hidden, *wanted)
+        head = _Head(hidden, weight, bias, labels, options, fold, wanted)
         log_odds, entropy = (hidden.new_empty(len(hidden), dtype=options.accumulate) for _ in range(2))
         loss = hidden.new_zeros((), dtype=options.accumulate)
-        # E_q[z] is a by-product of dhidden where logits are linear; elsewhere it takes a second buffer
-        by_product = wanted[0] and head.softcap is None
-        with _exact_products(head):
-            for chunk, (buffer, scratch) in _chunks(head, len(hidden), buffers=1 if by_product else 2):
-                h = head.rounded(hidden[chunk])
-                rows = _exponentials(head, h, labels[chunk], buffer, scratch)
-                mean_log2 = None if by_product else rows.mean_log2()
-                with torch.enable_grad():
-                    leaf = rows.log_odds.requires_grad_()
-                    value = token_loss(leaf, *(x[chunk] for x in per_token)).sum()
-                    coefficient = torch.autograd.grad(value, leaf)[0] if any(wanted) else leaf
-                loss += value
-                by_hidden = gradients.add(chunk, h, labels[chunk], rows, coefficient)
-                if mean_log2 is None:
-                    assert by_hidden is not None
-                    mean_log2 = rows.mean_log2_from(h, by_hidden)
-                log_odds[chunk], entropy[chunk] = rows.log_odds, rows.entropy(mean_log2)
-        ctx.gradients = gradients.result()
+        for chunk in head.chunks(held=wanted[1] or wanted[2]):
+            rows = _Rows(head, chunk)
+            log_odds[chunk], entropy[chunk] = rows.log_odds, rows.entropy
+            with torch.enable_grad():
+                leaf = rows.log_odds.detach().requires_grad_()
+                value = token_loss(leaf, *(x[chunk] for x in per_token)).sum()
+                coefficient = torch.autograd.grad(value, leaf)[0] if any(wanted) else None
+            loss += value.detach()
+            if coefficient is not None:
+                rows.add_gradients(coefficient)
+        ctx.gradients = head.gradients()
         ctx.mark_non_differentiable(log_odds, entropy)
         return loss, log_odds, entropy
 
@@ -126,188 +137,197 @@ class _TokenLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss.device.type != "cpu" or grad_loss != 1:  # on a CPU the comparison is free
             gradients = tuple(None if g is None else g.mul_(grad_loss) for g in gradients)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 class _Head:
-    """The head's parameters, and its products, block by block where the weight must first be rounded or widened."""
+    """Operands, tiles to work in, and the gradients that were asked for, summed over chunks in float32 or better."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> None:
-        self.weight, self.options, self.softcap = weight, options, options.softcap
-        self.bias = None if bias is None else bias.to(options.accumulate)
-        self.bias_dtype = options.accumulate if bias is None else bias.dtype
-        self.vocab = len(weight)
-        # float32 operands that the CPU's bf16 unit rounds as it multiplies: exact where they hold bf16 numbers
-        self.bf16_unit = (
-            options.compute == torch.bfloat16 and weight.device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-        )
-        self.unit = options.logit_scale if options.softcap is None else options.softcap  # z = unit * raw
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: HeadOptions,
+        fold: Fold,
+        wanted: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        self.hidden, self.weight, self.labels, self.options, self.fold = hidden, weight, labels, options, fold
+        self.wide, self.softcap, self.vocab = options.accumulate, options.softcap, len(weight)
+        self.bias = None if bias is None else bias.to(self.wide)
+        self.bias_dtype = self.wide if bias is None else bias.dtype
+        # exponentials far from 1 have no place in fp16
+        narrow = options.compute != torch.float16 and multiplies(options.compute, hidden.device.type)
+        self.operand = options.compute if narrow else self.wide  # what the gradients' products take
+        self.unit = options.logit_scale if self.softcap is None else self.softcap
         self.k = self.unit / math.log(2)
+        self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.grad_weight = torch.empty_like(weight, dtype=self.wide) if wanted[1] else None
+        self.grad_bias = hidden.new_zeros(self.vocab, dtype=self.wide) if wanted[2] else None
+        self.untouched = True  # the first chunk overwrites: filling dweight with zeros would be one more pass
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """x rounded to the dtype it is computed in, held in the dtype that products are summed in."""
-        return x.to(self.options.compute).to(self.options.accumulate)
+    def chunks(self, held: bool) -> Iterator[slice]:
+        """Slices of the tokens, and room for one: allocated once, because touching new pages is slow."""
+        tokens, device = len(self.hidden), self.hidden.device
+        tile = TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // self.wide.itemsize
+        size = self.options.chunk_size
+        if size is None:
+            room = HELD_BYTES.get(device.type, HELD_BYTES["cuda"]) // (self.vocab * self.operand.itemsize)
+            size = max(room if held else math.isqrt(tile), 1)
+            size = -(-tokens // -(-tokens // size)) if tokens else size  # as even as can be
+            size += -size % 16 if size + (-size % 16) <= room else 0  # products of odd sizes are slower
+        size = max(min(size, tokens), 1)
+        self.block = min(max(tile // size, 1), self.vocab)
+        if self.block > 64:
+            self.block -= self.block % 64
+        rounded = not self.options.exact and self.operand != self.wide
+        dtypes = (self.operand if rounded else self.wide, self.wide, self.wide, self.operand)
+        self.tiles = [torch.empty(size * self.block, dtype=dtype, device=device) for dtype in dtypes]
+        self.held = torch.empty(size * self.vocab, dtype=self.operand, device=device) if held else None
+        return (slice(i, min(i + size, tokens)) for i in range(0, tokens, size))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the weight, ready for a product."""
-        rounded = self.weight.dtype == self.options.compute or self.bf16_unit
-        if rounded and self.weight.dtype == self.options.accumulate:
-            yield slice(0, self.vocab), self.weight
-            return
-        size = max(1, BLOCK_BYTES // (self.weight.shape[1] * self.options.accumulate.itemsize))
-        for start in range(0, self.vocab, size):
-            rows = slice(start, min(start + size, self.vocab))
+        """Rows of the weight, in the dtype that products take."""
+        for start in range(0, self.vocab, self.block):
+            rows = slice(start, min(start + self.block, self.vocab))
             yield rows, self.rounded(self.weight[rows])
 
-    def raw(self, h: Tensor, out: Tensor) -> Tensor:
-        """(vocab, chunk) logits before their unit: weight @ h.T + bias, under a cap tanh of their ratio to it."""
-        for rows, weight in self.blocks():
-            torch.mm(weight, h.T, out=out[rows])
+    def rounded(self, x: Tensor) -> Tensor:
+        """x rounded to the dtype that it is computed in, held in the dtype that products take."""
+        return x.to(self.options.compute).to(self.operand)
+
+    def view(self, space: Tensor, tokens: int, block: slice, offset: int = 0) -> Tensor:
+        """(tokens, block) of a flat space; columns are contiguous in float32, which those products like better."""
+        width = block.stop - block.start
+        flat = space[offset : offset + tokens * width]
+        return flat.view(tokens, width) if self.operand == torch.bfloat16 else flat.view(width, tokens).T
+
+    def raw(self, h: Tensor, block: slice, weight: Tensor) -> Tensor:
+        """A tile of logits before their unit: h @ weight.T + bias; under a cap tanh of their ratio to it."""
+        raw = product(h, weight.T, self.view(self.tiles[0], len(h), block), exact=self.options.exact)
         if self.bias is not None:
-            out.add_(self.bias.unsqueeze(1))
-        if self.softcap is not None:
-            out.mul_(self.options.logit_scale / self.softcap).tanh_()
-        return out
+            raw.add_(self.bias[block])
+        return raw if self.softcap is None else raw.mul_(self.options.logit_scale / self.softcap).tanh_()
+
+    def targets(self, chunk: slice) -> Tensor:
+        """Logits of the targets by another route, good enough for a base."""
+        labels = self.labels[chunk]
+        z = (self.hidden[chunk].to(self.wide) * self.weight.index_select(0, labels).to(self.wide)).sum(1)
+        z = (z if self.bias is None else z + self.bias[labels]) * self.options.logit_scale
+        return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.grad_weight is not None and self.untouched:  # no tokens at all
+            self.grad_weight.zero_()
+        weight = None if self.grad_weight is None else self.grad_weight.to(self.weight.dtype)
+        bias = None if self.grad_bias is None else self.grad_bias.to(self.bias_dtype)
+        return self.grad_hidden, weight, bias
 
 
-class _Rows(NamedTuple):
-    """What a chunk of tokens came to; vectors are (chunk,)."""
+class _Rows:
+    """A chunk of tokens, from hidden states to log-odds; vectors are (chunk,).
 
-    head: _Head
-    others: Tensor  # (vocab, chunk): e^(z_j - base), or q_j where lse was given; 0 at the target
-    raw: Tensor | None  # (vocab, chunk), where a second buffer holds it: log2 of others, or under a cap raw logits
-    mass: Tensor  # sum of `others`, 1 where there are none
-    z_target: Tensor
-    lse: Tensor  # logsumexp of the others
-    log2_base: Tensor  # base / log 2
+    Where lse, the logsumexp of the others, and the coefficient are known, gradients are added on the way.
+    """
 
-    @property
-    def log_odds(self) -> Tensor:
-        return self.z_target - self.lse
+    def __init__(self, head: _Head, chunk: slice, lse: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        self.head, self.chunk, self.labels = head, chunk, head.labels[chunk]
+        self.h = head.rounded(head.hidden[chunk])
+        exact_on_cpu = head.options.exact and self.h.device.type == "cpu"
+        self.h_logits = self.h.to(head.wide) if exact_on_cpu else self.h  # what `product` would copy for every tile
+        self.columns = torch.arange(len(self.h), device=self.h.device)
+        if lse is not None:
+            self._fold(lse, coefficient)
+            return
+        self._fold(head.targets(chunk))
+        if not bool(((self.mass > 1 / ROOM) & (self.mass < ROOM)).all()):
+            self._fold(self._top())
+        self.lse = self.base + self.mass.log()
+        self.log_odds = self.z_target - self.lse
+        self.mass = self.mass.masked_fill(self.mass == 0, 1)  # nothing but the target is possible
+        of_others = (self.mass.log() - self.mean_log2 / self.mass * math.log(2)).clamp(min=0)
+        self.entropy = binary_entropy(self.log_odds) + (-self.log_odds).sigmoid() * of_others
 
-    def mean_log2(self) -> Tensor:
-        """E_q[log2 of e^(z - base)], by passes over both buffers; without a cap `raw` is used up."""
-        assert self.raw is not None
-        logs = self.raw if self.head.softcap is None else torch.add(-self.log2_base, self.raw, alpha=self.head.k)
-        return logs.clamp_(min=-1e30).mul_(self.others).sum(0) / self.mass  # 0 where -inf was
+    def _fold(self, base: Tensor, coefficient: Tensor | None = None) -> None:
+        """Sums of e^(z_j - base) over the others, and what dhidden needs of them; the exponentials are held."""
+        head, tokens = self.head, len(self.h)
+        self.base = base.masked_fill(~base.isfinite(), 0)
+        minus_log2_base = (self.base / -math.log(2)).unsqueeze(1)
+        self.z_target, self.mass, self.mean_log2 = (self.base.new_zeros(tokens) for _ in range(3))
+        self.by_hidden = torch.zeros_like(self.h, dtype=head.wide) if head.grad_hidden is not None else None
+        if coefficient is not None:
+            self.mass.fill_(1)
+            self._scale(coefficient)
+        for block, weight in head.blocks():
+            raw = self._mask_targets(head.raw(self.h_logits, block, weight), block)
+            log2, x = (head.view(tile, tokens, block) for tile in head.tiles[1:3])
+            others = head.view(head.tiles[3], tokens, block) if head.held is None else self._held(block)
+            mass, mean = head.fold(raw, minus_log2_base, head.k, head.softcap is not None, log2, x, others)
+            if self.by_hidden is not None:
+                product(others, weight, self.by_hidden, beta=1, exact=False)
+            if coefficient is None:
+                self.mass += mass
+                self.mean_log2 += mean
+            else:
+                self._add_to_weight(others, block)
+        if coefficient is not None:
+            self._finish(coefficient)
 
-    def mean_log2_from(self, h: Tensor, by_hidden: Tensor) -> Tensor:
-        """The same from E_q[raw] = h . E_q[w] + E_q[b], where raw logits are linear; by_hidden = sum_j others_j w_j."""
-        mean = (h * by_hidden).sum(1)
-        if self.head.bias is not None:
-            finite = self.head.bias.masked_fill(self.head.bias.isneginf(), 0)  # ruled out: others is 0 there
-            mean = mean + finite @ self.others
-        return mean / self.mass * self.head.k - self.log2_base
+    def _mask_targets(self, raw: Tensor, block: slice) -> Tensor:
+        """Takes the targets' logits out of the tiles that they stand in, before the sum: no cancellation."""
+        inside = (self.labels >= block.start) & (self.labels < block.stop)
+        at = (self.columns, (self.labels - block.start).clamp(0, raw.shape[1] - 1))
+        found = raw[at]
+        self.z_target = torch.where(inside, found * self.head.unit, self.z_target)
+        raw[at] = found.masked_fill(inside, -torch.inf)
+        return raw
 
-    def entropy(self, mean_log2: Tensor) -> Tensor:
-        """H(pi) = H(target or not) + (1 - pi_y) H(q),   H(q) = log mass - E_q[log others], 0 where there are none."""
-        of_others = (self.mass.log() - mean_log2 * math.log(2)).clamp(min=0)
-        missing = (-self.log_odds).sigmoid()  # 1 - pi_y
-        return binary_entropy(self.log_odds) + missing * of_others
+    def _top(self) -> Tensor:
+        """The largest logit of the others, at the price of one more product."""
+        top = torch.full_like(self.base, -torch.inf)
+        for block, weight in self.head.blocks():
+            raw = self._mask_targets(self.head.raw(self.h_logits, block, weight), block)
+            top = torch.maximum(top, raw.amax(1) * self.head.unit)
+        return top
 
+    def _held(self, block: slice) -> Tensor:
+        assert self.head.held is not None
+        return self.head.view(self.head.held, len(self.h), block, block.start * len(self.h))
 
-def _exponentials(
-    head: _Head, h: Tensor, labels: Tensor, buffer: Tensor, scratch: Tensor | None, lse: Tensor | None = None
-) -> _Rows:
-    """Logits of a chunk, and the exponentials of all but the target's; from lse, if given, they come out as q."""
-    raw = head.raw(h, buffer)
-    columns = torch.arange(len(h), device=h.device)
-    z_target = head.unit * raw[labels, columns]
-    raw[labels, columns] = -torch.inf
-    if lse is None:
-        top = raw.amax(0) * head.unit
-        base = top.masked_fill(top.isneginf(), 0)  # nothing but the target is possible
-    else:
-        base = lse.masked_fill(lse.isneginf(), 0)
-    log2_base = base / math.log(2)
-    if scratch is None:
-        others = torch.add(-log2_base, raw, alpha=head.k, out=raw).exp2_()
-        kept = None
-    elif head.softcap is None:
-        kept = torch.add(-log2_base, raw, alpha=head.k, out=raw)
-        others = torch.exp2(kept, out=scratch)
-    else:
-        kept = raw
-        others = torch.add(-log2_base, raw, alpha=head.k, out=scratch).exp2_()
-    mass = others.sum(0) if lse is None else torch.ones_like(z_target)
-    if lse is None:
-        lse = base + mass.log()
-    return _Rows(head, others, kept, mass.masked_fill(mass == 0, 1), z_target, lse, log2_base)
+    def add_gradients(self, coefficient: Tensor) -> None:
+        """Adds coefficient * dl, dl/dz_y = 1 and dl/dz_j = -q_j, from the exponentials that are held."""
+        self._scale(coefficient)
+        if self.head.held is not None:
+            for block, _ in self.head.blocks():
+                self._add_to_weight(self._held(block), block)
+        self._finish(coefficient)
 
+    def _scale(self, coefficient: Tensor) -> None:
+        """Factors of a token, folded into its hidden state."""
+        self.at_others = -coefficient * self.head.options.logit_scale / self.mass
+        self.scaled = (self.h * self.at_others.unsqueeze(1)).to(self.h.dtype)
 
-class _Gradients:
-    """dhidden, dweight and dbias, where wanted, summed over chunks in the dtype that products are summed in."""
+    def _add_to_weight(self, others: Tensor, block: slice) -> None:
+        head = self.head
+        if head.grad_weight is not None:
+            product(others.T, self.scaled, head.grad_weight[block], beta=0 if head.untouched else 1, exact=False)
+        if head.grad_bias is not None:
+            head.grad_bias[block] += (others.to(head.wide) * self.at_others.unsqueeze(1)).sum(0)
 
-    def __init__(self, head: _Head, hidden: Tensor, for_hidden: bool, for_weight: bool, for_bias: bool) -> None:
-        wide = head.options.accumulate
-        self.head = head
-        self.hidden = torch.empty_like(hidden) if for_hidden else None
-        self.weight = torch.empty_like(head.weight, dtype=wide) if for_weight else None
-        self.untouched = True  # the first chunk overwrites: filling dweight with zeros first would be one more pass
-        self.bias = hidden.new_zeros(head.vocab, dtype=wide) if for_bias else None
-
-    def add(self, chunk: slice, h: Tensor, labels: Tensor, rows: _Rows, coefficient: Tensor) -> Tensor | None:
-        """Adds coefficient * dl, dl/dz_y = 1 and dl/dz_j = -q_j; returns sum_j others_j w_j if dhidden is wanted."""
-        head, others = self.head, rows.others
-        coefficient = coefficient * head.options.logit_scale
-        at_target = coefficient
+    def _finish(self, coefficient: Tensor) -> None:
+        """The target's part, and dhidden."""
+        head = self.head
+        at_target = coefficient * head.options.logit_scale
         if head.softcap is not None:  # dz/draw = logit_scale * (1 - tanh^2)
-            assert rows.raw is not None
-            at_target = coefficient * (1 - (rows.z_target / head.softcap).square())
-            slope = rows.raw.square_().neg_().add_(1)
-            slope[labels, torch.arange(len(h), device=h.device)] = 0  # -inf was there
-            others = slope.mul_(others)
-        at_others = -coefficient / rows.mass
-        by_hidden = None
-        if self.hidden is not None:
-            by_hidden = torch.empty_like(h)
-            for block, weight in head.blocks():
-                by_hidden.addmm_(others[block].T, weight, beta=0 if block.start == 0 else 1)
-            target = head.rounded(head.weight.index_select(0, labels))
-            self.hidden[chunk] = target.mul_(at_target.unsqueeze(1)).addcmul_(by_hidden, at_others.unsqueeze(1))
-        if self.weight is not None:
-            self.weight.addmm_(others, h * at_others.unsqueeze(1), beta=0 if self.untouched else 1)
-            self.untouched = False
-            self.weight.index_add_(0, labels, h * at_target.unsqueeze(1))
-        if self.bias is not None:
-            self.bias += others @ at_others
-            self.bias.index_add_(0, labels, at_target)
-        return by_hidden
-
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if self.weight is not None and self.untouched:  # no tokens at all
-            self.weight.zero_()
-        weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(self.head.bias_dtype)
-        return self.hidden, weight, bias
-
-
-def _chunks(head: _Head, tokens: int, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor | None]]]:
-    """Slices of the tokens with (vocab, chunk) buffers to work in: allocated once, because touching new pages is slow."""
-    wide = head.options.accumulate
-    held = buffers + (head.softcap is not None)  # the entropy under a cap takes one more for a moment
-    size = head.options.chunk_size or max(1, CHUNK_BYTES // (head.vocab * wide.itemsize * held))
-    if head.options.chunk_size is None and size > 64:
-        size -= size % 64  # products of odd sizes are slower
-    size = min(size, max(tokens, 1))
-    space = torch.empty(buffers, head.vocab * size, dtype=wide, device=head.weight.device)
-    for start in range(0, tokens, size):
-        chunk = slice(start, min(start + size, tokens))
-        views = [s[: head.vocab * (chunk.stop - start)].view(head.vocab, chunk.stop - start) for s in space]
-        yield chunk, (views[0], views[1] if buffers == 2 else None)
-
-
-def _exact_products(head: "_Head") -> contextlib.AbstractContextManager[None]:
-    return bf16_products() if head.bf16_unit else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def bf16_products() -> Iterator[None]:
-    """float32 operands that hold bf16 numbers, multiplied exactly by the CPU's bf16 unit (restored afterwards)."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+            at_target = at_target * (1 - (self.z_target / head.softcap).square())
+        if head.grad_hidden is not None:
+            assert self.by_hidden is not None
+            target = head.rounded(head.weight.index_select(0, self.labels)).to(head.wide)
+            by_others = self.by_hidden.mul_(self.at_others.unsqueeze(1))
+            head.grad_hidden[self.chunk] = target.mul_(at_target.unsqueeze(1)).add_(by_others)
+        if head.grad_weight is not None:
+            head.untouched = False
+            head.grad_weight.index_add_(0, self.labels, self.h * at_target.unsqueeze(1))
+        if head.grad_bias is not None:
+            head.grad_bias.index_add_(0, self.labels, at_target)

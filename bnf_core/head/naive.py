@@ -78,6 +78,7 @@ class HeadOptions:
     logit_scale: float
     compute: torch.dtype  # operands are rounded to this
     chunk_size: int | None
+    exact: bool = True  # False: logits may be rounded to `compute` on their way
 
     @property
     def accumulate(self) -> torch.dtype:

@@ -240,11 +240,11 @@ def test_bad_per_token_input_is_named() -> None:
 
 
 def test_the_cpus_bf16_setting_is_restored() -> None:
-    from bnf_core.head.chunked import bf16_products
+    from bnf_core.head.products import bf16_unit
 
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    with contextlib.suppress(KeyError), bf16_products():
+    with contextlib.suppress(KeyError), bf16_unit():
         assert matmul.fp32_precision == "bf16"
         raise KeyError
     assert matmul.fp32_precision == before
