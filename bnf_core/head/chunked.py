@@ -14,7 +14,7 @@ Factors of a token multiply its hidden state or its gradient, never its logits.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +30,34 @@ TILE_BYTES = {"cpu": 1 * 2**20, "cuda": 64 * 2**20}  # of logits: on a CPU what 
 ROOM = 2.0**60  # sums of exponentials from 1 / ROOM to ROOM have lost nothing to overflow or underflow
 
 
-# (raw, -log2 of the base, k, capped, log2, x, others) -> sums of the others, and of others * their log2
-Fold = Callable[..., tuple[Tensor, Tensor]]
+class Tile(NamedTuple):
+    """Room for what becomes of a tile of logits; (tokens, block) each. Some are the same memory."""
+
+    raw: Tensor
+    log2: Tensor
+    wide: Tensor  # exponentials in the dtype of sums
+    others: Tensor  # the same in the dtype that products take
+
+
+Fold = Callable[[Tile, Tensor, float, bool, bool], tuple[Tensor, Tensor | None]]
 
 
 def fold_eager(
-    raw: Tensor, minus_log2_base: Tensor, k: float, capped: bool, log2: Tensor, x: Tensor, others: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A tile of logits to exponentials, `others` = 2^(k raw - log2 base), under a cap times its slope; in place."""
+    tile: Tile, minus_log2_base: Tensor, k: float, capped: bool, with_mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits to exponentials, others = 2^(k raw - log2 base), in place, under a cap times its slope.
+
+    Returns their sums before the slope, and the sums of others * log2 others.
+    """
+    raw, log2, wide, others = tile
     torch.add(minus_log2_base, raw, alpha=k, out=log2)
-    torch.exp2(log2, out=x)
-    mass = x.sum(1)
-    mean = log2.clamp_(min=-1e30).mul_(x).sum(1)  # 0 where -inf was
+    torch.exp2(log2, out=wide)
+    mass = wide.sum(1)
+    mean = log2.clamp_(min=-1e30).mul_(wide).sum(1) if with_mean else None  # 0 where -inf was
     if capped:
-        x.mul_(raw.clamp_(min=-1).square_().neg_().add_(1))
-    others.copy_(x)
+        wide.mul_(raw.clamp_(min=-1).square_().neg_().add_(1))
+    if others.dtype != wide.dtype:
+        others.copy_(wide)
     return mass, mean
 
 
@@ -165,6 +178,8 @@ class _Head:
         self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         self.grad_weight = torch.empty_like(weight, dtype=self.wide) if wanted[1] else None
         self.grad_bias = hidden.new_zeros(self.vocab, dtype=self.wide) if wanted[2] else None
+        # E_q[z] = h . E_q[w] is a by-product of dhidden, where that is summed without rounding
+        self.mean_from_hidden = wanted[0] and bias is None and self.softcap is None and self.operand == self.wide
         self.untouched = True  # the first chunk overwrites: filling dweight with zeros would be one more pass
 
     def chunks(self, held: bool) -> Iterator[slice]:
@@ -181,31 +196,48 @@ class _Head:
         self.block = min(max(tile // size, 1), self.vocab)
         if self.block > 64:
             self.block -= self.block % 64
-        rounded = not self.options.exact and self.operand != self.wide
-        dtypes = (self.operand if rounded else self.wide, self.wide, self.wide, self.operand)
+        self.rounds_logits = not self.options.exact and self.operand != self.wide
+        dtypes = (self.operand if self.rounds_logits else self.wide, self.wide, self.wide, self.operand)
         self.tiles = [torch.empty(size * self.block, dtype=dtype, device=device) for dtype in dtypes]
         self.held = torch.empty(size * self.vocab, dtype=self.operand, device=device) if held else None
         return (slice(i, min(i + size, tokens)) for i in range(0, tokens, size))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the weight, in the dtype that products take."""
-        for start in range(0, self.vocab, self.block):
-            rows = slice(start, min(start + self.block, self.vocab))
-            yield rows, self.rounded(self.weight[rows])
+        for block in self.block_slices():
+            yield block, self.rounded(self.weight[block])
+
+    def block_slices(self) -> Iterator[slice]:
+        return (slice(i, min(i + self.block, self.vocab)) for i in range(0, self.vocab, self.block))
 
     def rounded(self, x: Tensor) -> Tensor:
         """x rounded to the dtype that it is computed in, held in the dtype that products take."""
         return x.to(self.options.compute).to(self.operand)
 
-    def view(self, space: Tensor, tokens: int, block: slice, offset: int = 0) -> Tensor:
-        """(tokens, block) of a flat space; columns are contiguous in float32, which those products like better."""
+    def tile(self, tokens: int, block: slice) -> Tile:
+        raw, log2, wide, others = (self.view(space, tokens, block) for space in self.tiles)
+        if self.held is not None:
+            others = self.held_exponentials(tokens, block)
+        if self.operand == self.wide:  # as few places as can be
+            wide = others
+            if self.softcap is None:
+                raw = others
+                log2 = others if self.mean_from_hidden else log2
+        return Tile(raw, log2, wide, others)
+
+    def held_exponentials(self, tokens: int, block: slice) -> Tensor:
+        assert self.held is not None
+        return self.view(self.held[block.start * tokens :], tokens, block)
+
+    def view(self, space: Tensor, tokens: int, block: slice) -> Tensor:
+        """(tokens, block) of a flat space; tokens are contiguous in float32, which those products like better."""
         width = block.stop - block.start
-        flat = space[offset : offset + tokens * width]
+        flat = space[: tokens * width]
         return flat.view(tokens, width) if self.operand == torch.bfloat16 else flat.view(width, tokens).T
 
-    def raw(self, h: Tensor, block: slice, weight: Tensor) -> Tensor:
-        """A tile of logits before their unit: h @ weight.T + bias; under a cap tanh of their ratio to it."""
-        raw = product(h, weight.T, self.view(self.tiles[0], len(h), block), exact=self.options.exact)
+    def logits(self, h: Tensor, block: slice, weight: Tensor, out: Tensor) -> Tensor:
+        """Logits before their unit, h @ weight.T + bias; under a cap tanh of their ratio to it."""
+        raw = product(h, weight.T, out, exact=not self.rounds_logits)
         if self.bias is not None:
             raw.add_(self.bias[block])
         return raw if self.softcap is None else raw.mul_(self.options.logit_scale / self.softcap).tanh_()
@@ -234,9 +266,9 @@ class _Rows:
     def __init__(self, head: _Head, chunk: slice, lse: Tensor | None = None, coefficient: Tensor | None = None) -> None:
         self.head, self.chunk, self.labels = head, chunk, head.labels[chunk]
         self.h = head.rounded(head.hidden[chunk])
-        exact_on_cpu = head.options.exact and self.h.device.type == "cpu"
-        self.h_logits = self.h.to(head.wide) if exact_on_cpu else self.h  # what `product` would copy for every tile
-        self.columns = torch.arange(len(self.h), device=self.h.device)
+        copied = self.h.device.type == "cpu" and not head.rounds_logits
+        self.h_logits = self.h.to(head.wide) if copied else self.h  # what `product` would copy for every tile
+        self._place_targets()
         if lse is not None:
             self._fold(lse, coefficient)
             return
@@ -246,6 +278,9 @@ class _Rows:
         self.lse = self.base + self.mass.log()
         self.log_odds = self.z_target - self.lse
         self.mass = self.mass.masked_fill(self.mass == 0, 1)  # nothing but the target is possible
+        if head.mean_from_hidden:
+            assert self.by_hidden is not None
+            self.mean_log2 = (self.h * self.by_hidden).sum(1) * head.k - self.base / math.log(2) * self.mass
         of_others = (self.mass.log() - self.mean_log2 / self.mass * math.log(2)).clamp(min=0)
         self.entropy = binary_entropy(self.log_odds) + (-self.log_odds).sigmoid() * of_others
 
@@ -259,48 +294,53 @@ class _Rows:
         if coefficient is not None:
             self.mass.fill_(1)
             self._scale(coefficient)
+        capped, with_mean = head.softcap is not None, coefficient is None and not head.mean_from_hidden
         for block, weight in head.blocks():
-            raw = self._mask_targets(head.raw(self.h_logits, block, weight), block)
-            log2, x = (head.view(tile, tokens, block) for tile in head.tiles[1:3])
-            others = head.view(head.tiles[3], tokens, block) if head.held is None else self._held(block)
-            mass, mean = head.fold(raw, minus_log2_base, head.k, head.softcap is not None, log2, x, others)
+            tile = head.tile(tokens, block)
+            self._mask_targets(head.logits(self.h_logits, block, weight, tile.raw), block)
+            mass, mean = head.fold(tile, minus_log2_base, head.k, capped, with_mean)
             if self.by_hidden is not None:
-                product(others, weight, self.by_hidden, beta=1, exact=False)
+                product(tile.others, weight, self.by_hidden, beta=1, exact=False)
             if coefficient is None:
                 self.mass += mass
-                self.mean_log2 += mean
+                if mean is not None:
+                    self.mean_log2 += mean
             else:
-                self._add_to_weight(others, block)
+                self._add_to_weight(tile.others, block)
         if coefficient is not None:
             self._finish(coefficient)
 
+    def _place_targets(self) -> None:
+        """Which tokens have their target in which block, found once."""
+        ordered, self.order = self.labels.sort()
+        starts = torch.arange(0, self.head.vocab + self.head.block, self.head.block, device=self.labels.device)
+        self.first: list[int] = torch.searchsorted(ordered, starts).tolist()
+
     def _mask_targets(self, raw: Tensor, block: slice) -> Tensor:
-        """Takes the targets' logits out of the tiles that they stand in, before the sum: no cancellation."""
-        inside = (self.labels >= block.start) & (self.labels < block.stop)
-        at = (self.columns, (self.labels - block.start).clamp(0, raw.shape[1] - 1))
-        found = raw[at]
-        self.z_target = torch.where(inside, found * self.head.unit, self.z_target)
-        raw[at] = found.masked_fill(inside, -torch.inf)
+        """Takes the targets' logits out of a tile before the sum over it: no cancellation."""
+        number = block.start // self.head.block
+        here = self.order[self.first[number] : self.first[number + 1]]
+        if len(here):
+            at = (here, self.labels[here] - block.start)
+            self.z_target[here] = raw[at].to(self.z_target.dtype) * self.head.unit
+            raw[at] = -torch.inf
         return raw
 
     def _top(self) -> Tensor:
         """The largest logit of the others, at the price of one more product."""
-        top = torch.full_like(self.base, -torch.inf)
-        for block, weight in self.head.blocks():
-            raw = self._mask_targets(self.head.raw(self.h_logits, block, weight), block)
-            top = torch.maximum(top, raw.amax(1) * self.head.unit)
+        head, top = self.head, torch.full_like(self.base, -torch.inf)
+        for block, weight in head.blocks():
+            raw = head.logits(self.h_logits, block, weight, head.tile(len(self.h), block).raw)
+            top = torch.maximum(top, self._mask_targets(raw, block).amax(1).to(head.wide) * head.unit)
         return top
-
-    def _held(self, block: slice) -> Tensor:
-        assert self.head.held is not None
-        return self.head.view(self.head.held, len(self.h), block, block.start * len(self.h))
 
     def add_gradients(self, coefficient: Tensor) -> None:
         """Adds coefficient * dl, dl/dz_y = 1 and dl/dz_j = -q_j, from the exponentials that are held."""
+        head = self.head
         self._scale(coefficient)
-        if self.head.held is not None:
-            for block, _ in self.head.blocks():
-                self._add_to_weight(self._held(block), block)
+        if head.held is not None:
+            for block in head.block_slices():
+                self._add_to_weight(head.held_exponentials(len(self.h), block), block)
         self._finish(coefficient)
 
     def _scale(self, coefficient: Tensor) -> None:
