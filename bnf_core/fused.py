@@ -24,6 +24,7 @@ def linear_bnf_loss(
     logit_scale: float = 1.0,
     implementation: str = "auto",
     chunk_size: int | None = None,
+    exact: bool = True,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """BNF loss (eq. 4) from hidden states, value and gradients in one pass of three matrix products.
 
@@ -37,7 +38,7 @@ def linear_bnf_loss(
       labels: the token that each hidden state predicts; -100 for none.
       ref_log_odds: log-odds of that token under the reference, in nats, from `linear_log_odds` on it.
       coefficient: what each token counts: label / (length of its response * responses of the optimizer step).
-      bias, softcap, logit_scale, implementation, chunk_size: as for `linear_log_odds`.
+      bias, softcap, logit_scale, implementation, chunk_size, exact: as for `linear_log_odds`.
 
     Returns:
       (loss, log_odds, entropy): a differentiable scalar in nats, and two detached vectors (tokens,).
@@ -56,7 +57,7 @@ def linear_bnf_loss(
       tensor(1.3863)
     """
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    options |= {"implementation": implementation, "chunk_size": chunk_size}
+    options |= {"implementation": implementation, "chunk_size": chunk_size, "exact": exact}
     loss, log_odds, entropy = linear_token_loss(hidden, weight, labels, _weighted_nll, ref_log_odds, coefficient, **options)
     w = bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype))
     # (1 - w) H has no gradient; 0 where the label is -100, because H is

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnf_core._checks import IGNORE, check_floating, check_labels, check_positive, check_same_device, describe
 from bnf_core.head.chunked import log_odds_chunked, token_loss_chunked
+from bnf_core.head.compiled import log_odds_compiled, token_loss_compiled
 from bnf_core.head.naive import HeadOptions, log_odds_naive, token_log_odds, token_loss_naive
 
 __all__ = ["IMPLEMENTATIONS", "linear_log_odds", "linear_token_loss", "token_log_odds"]
@@ -26,18 +27,19 @@ class Implementation(NamedTuple):
 def _triton_log_odds(*arguments: Any) -> tuple[Tensor, Tensor]:
     from bnf_core.head.triton import log_odds_triton  # imported where it is used: triton is slow to import, and optional
 
-    return torch.compiler.disable(log_odds_triton)(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+    return log_odds_triton(*arguments)
 
 
 def _triton_token_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from bnf_core.head.triton import token_loss_triton
 
-    return torch.compiler.disable(token_loss_triton)(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+    return token_loss_triton(*arguments)
 
 
 IMPLEMENTATIONS = {
     "naive": Implementation(log_odds_naive, token_loss_naive),
     "chunked": Implementation(log_odds_chunked, token_loss_chunked),
+    "compiled": Implementation(log_odds_compiled, token_loss_compiled),
     "triton": Implementation(_triton_log_odds, _triton_token_loss),
 }
 
@@ -58,6 +60,7 @@ def linear_log_odds(
     logit_scale: float = 1.0,
     implementation: str = "auto",
     chunk_size: int | None = None,
+    exact: bool = True,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """Log-odds of the target token, and the entropy, straight from hidden states.
 
@@ -73,9 +76,13 @@ def linear_log_odds(
       bias: the head's bias. Differentiable.
       softcap: final logit soft-capping (Gemma-2: 30.0); None for none.
       logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
-      implementation: "naive" (all logits, autograd), "chunked" (any device), "triton" (CUDA), or "auto": the last on a
-        GPU where Triton is installed, else "chunked".
+      implementation: "naive" (all logits, autograd), "chunked" (any device), "compiled" (the same, its element-wise
+        part through torch.compile), "triton" (CUDA), or "auto": "triton" on a GPU where it is installed, "compiled" on
+        one where it is not, else "chunked".
       chunk_size: tokens whose logits are held at a time; None lets the implementation choose.
+      exact: logits of bf16 and fp16 operands keep float32's digits. False lets them be rounded to the operands' dtype
+        where that is faster (a CPU whose bf16 unit is not AMX); a token's log-odds then carry errors of 0.4 % of its
+        logits, which may differ from batch to batch.
 
     Returns:
       (log_odds, entropy), each (tokens,): float64 if the operands are, else float32, summed in that dtype from
@@ -93,10 +100,10 @@ def linear_log_odds(
       >>> log_odds  # logits (2, 1, 1): 2 - log(2e)
       tensor([0.3069])
     """
-    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size)
+    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
     kept = (labels != IGNORE).nonzero().squeeze(-1)
     with torch.autocast(hidden.device.type, enabled=False):
-        log_odds, entropy = path.log_odds(hidden.index_select(0, kept), weight, labels[kept].long(), bias, options)
+        log_odds, entropy = _opaque(path.log_odds)(hidden.index_select(0, kept), weight, labels[kept].long(), bias, options)
     return _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
 
 
@@ -111,6 +118,7 @@ def linear_token_loss(
     logit_scale: float = 1.0,
     implementation: str = "auto",
     chunk_size: int | None = None,
+    exact: bool = True,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """Sum over tokens of any loss of a token's log-odds, value and gradients in one pass.
 
@@ -121,7 +129,7 @@ def linear_token_loss(
     where nothing asks for a gradient). The derivative of token_loss comes from autograd on vectors of length tokens.
 
     Args:
-      hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size: as for `linear_log_odds`.
+      hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact: as for `linear_log_odds`.
       token_loss: (log_odds, *per_token) -> loss of each token, differentiable in log_odds. Called on some of the tokens
         at a time; each must not depend on the others.
       per_token: tensors of one entry per token, constants.
@@ -146,14 +154,14 @@ def linear_token_loss(
       >>> loss.detach(), hidden.grad  # sum_j (pi_j - 1[j = y]) w_j
       (tensor(0.5514), tensor([[-0.4239,  0.0000]]))
     """
-    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size)
+    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
     for i, values in enumerate(per_token):
         if not isinstance(values, Tensor) or values.dim() < 1 or len(values) != len(labels):
             raise ValueError(f"per_token[{i}]: expected a tensor of {len(labels)} entries, got {describe(values)}.")
     check_same_device(hidden=hidden, **{f"per_token[{i}]": values for i, values in enumerate(per_token)})
     kept = (labels != IGNORE).nonzero().squeeze(-1)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, log_odds, entropy = path.token_loss(
+        loss, log_odds, entropy = _opaque(path.token_loss)(
             hidden.index_select(0, kept),
             weight,
             labels[kept].long(),
@@ -163,6 +171,11 @@ def linear_token_loss(
             tuple(values.detach().index_select(0, kept) for values in per_token),
         )
     return loss, _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+
+
+def _opaque(path: Callable[..., Any]) -> Callable[..., Any]:
+    """To torch.compile of a caller the head is one step: unrolling its loops would take minutes and gain nothing."""
+    return torch.compiler.disable(path)  # type: ignore[no-any-return]
 
 
 def _restored(values: Tensor, kept: Tensor, tokens: int) -> Tensor:
@@ -179,6 +192,7 @@ def _checked(
     logit_scale: float,
     implementation: str,
     chunk_size: int | None,
+    exact: bool,
 ) -> tuple[HeadOptions, Implementation]:
     check_floating("hidden", hidden)
     check_floating("weight", weight)
@@ -196,7 +210,8 @@ def _checked(
     check_positive("logit_scale", logit_scale)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 token, got {chunk_size}.")
-    automatic = "triton" if hidden.is_cuda and triton_runs_on(hidden.device) else "chunked"
+    on_gpu = "triton" if triton_runs_on(hidden.device) else "compiled"
+    automatic = on_gpu if hidden.is_cuda else "chunked"
     name = automatic if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {', '.join(['auto', *IMPLEMENTATIONS])}, got {implementation!r}.")
@@ -208,4 +223,4 @@ def _checked(
         compute = torch.get_autocast_dtype(device)
     else:
         compute = torch.promote_types(hidden.dtype, weight.dtype)
-    return HeadOptions(softcap, logit_scale, compute, chunk_size), IMPLEMENTATIONS[name]
+    return HeadOptions(softcap, logit_scale, compute, chunk_size, exact), IMPLEMENTATIONS[name]
