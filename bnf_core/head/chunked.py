@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bnf_core.head.naive import HeadOptions, binary_entropy
-from bnf_core.head.products import multiplies, product
+from bnf_core.head.products import bf16_unit, multiplies, on_huge_pages, product, rounding_scratch
 
 __all__ = ["log_odds_chunked", "token_loss_chunked"]
 
-HELD_BYTES = {"cpu": 52 * 2**20, "cuda": 320 * 2**20}  # exponentials of a chunk of tokens
-TILE_BYTES = {"cpu": 1 * 2**20, "cuda": 64 * 2**20}  # of logits: on a CPU what fits its cache
+HELD_BYTES = {"cpu": 56 * 2**20, "cuda": 448 * 2**20}  # exponentials of a chunk of tokens, and what bf16 needs beside them
+TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # of logits: on a CPU what its cache can hold
+COPY_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}  # of weights in another dtype
 ROOM = 2.0**60  # sums of exponentials from 1 / ROOM to ROOM have lost nothing to overflow or underflow
 
 
@@ -42,9 +43,7 @@ class Tile(NamedTuple):
 Fold = Callable[[Tile, Tensor, float, bool, bool], tuple[Tensor, Tensor | None]]
 
 
-def fold_eager(
-    tile: Tile, minus_log2_base: Tensor, k: float, capped: bool, with_mean: bool
-) -> tuple[Tensor, Tensor | None]:
+def fold_eager(tile: Tile, minus_log2_base: Tensor, k: float, capped: bool, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     """Logits to exponentials, others = 2^(k raw - log2 base), in place, under a cap times its slope.
 
     Returns their sums before the slope, and the sums of others * log2 others.
@@ -176,7 +175,7 @@ class _Head:
         self.unit = options.logit_scale if self.softcap is None else self.softcap
         self.k = self.unit / math.log(2)
         self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.grad_weight = torch.empty_like(weight, dtype=self.wide) if wanted[1] else None
+        self.grad_weight = on_huge_pages(torch.empty_like(weight, dtype=self.wide)) if wanted[1] else None
         self.grad_bias = hidden.new_zeros(self.vocab, dtype=self.wide) if wanted[2] else None
         # E_q[z] = h . E_q[w] is a by-product of dhidden, where that is summed without rounding
         self.mean_from_hidden = wanted[0] and bias is None and self.softcap is None and self.operand == self.wide
@@ -184,28 +183,43 @@ class _Head:
 
     def chunks(self, held: bool) -> Iterator[slice]:
         """Slices of the tokens, and room for one: allocated once, because touching new pages is slow."""
-        tokens, device = len(self.hidden), self.hidden.device
-        tile = TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // self.wide.itemsize
+        tokens, dim, device = len(self.hidden), self.weight.shape[1], self.hidden.device
+        on_cpu_in_bf16 = device.type == "cpu" and self.operand != self.wide
+        of = "cpu" if device.type == "cpu" else "cuda"
+        self.rounds_logits = on_cpu_in_bf16 and not self.options.exact
+        room, tile = HELD_BYTES[of], TILE_BYTES[of] // self.wide.itemsize
+        if self.operand != self.wide:  # tiles in both dtypes, and copies of the weight for exact logits
+            room -= 2 * TILE_BYTES[of] + (0 if self.rounds_logits else COPY_BYTES[of])
         size = self.options.chunk_size
         if size is None:
-            room = HELD_BYTES.get(device.type, HELD_BYTES["cuda"]) // (self.vocab * self.operand.itemsize)
-            size = max(room if held else math.isqrt(tile), 1)
-            size = -(-tokens // -(-tokens // size)) if tokens else size  # as even as can be
-            size += -size % 16 if size + (-size % 16) <= room else 0  # products of odd sizes are slower
+            most = room // (self.vocab * self.operand.itemsize) if held else math.isqrt(tile)
+            size = _even(tokens, max(most, 1))
         size = max(min(size, tokens), 1)
         self.block = min(max(tile // size, 1), self.vocab)
-        if self.block > 64:
-            self.block -= self.block % 64
-        self.rounds_logits = not self.options.exact and self.operand != self.wide
+        # what the weight, and the hidden states, become on their way to the logits' product
+        self.for_logits = self.operand if of == "cuda" or self.rounds_logits else self.wide
+        if {self.weight.dtype} != {self.options.compute, self.operand, self.for_logits}:
+            self.block = min(self.block, max(COPY_BYTES[of] // (dim * self.wide.itemsize), 1))
+        self.block -= self.block % 64 if self.block > 64 else 0
         dtypes = (self.operand if self.rounds_logits else self.wide, self.wide, self.wide, self.operand)
         self.tiles = [torch.empty(size * self.block, dtype=dtype, device=device) for dtype in dtypes]
-        self.held = torch.empty(size * self.vocab, dtype=self.operand, device=device) if held else None
+        self.copies = {t: torch.empty(0, dtype=t, device=device) for t in (self.options.compute, self.operand, self.for_logits)}
+        self.scratch = rounding_scratch(dim, self.operand, device) if on_cpu_in_bf16 else None
+        self.held = on_huge_pages(torch.empty(size * self.vocab, dtype=self.operand, device=device)) if held else None
         return (slice(i, min(i + size, tokens)) for i in range(0, tokens, size))
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the weight, in the dtype that products take."""
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows of the weight as the logits' product takes them, and as the gradients' do."""
         for block in self.block_slices():
-            yield block, self.rounded(self.weight[block])
+            weight = self._copied(self._copied(self.weight[block], self.options.compute), self.operand)
+            yield block, self._copied(weight, self.for_logits), weight
+
+    def _copied(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if weight.dtype == dtype:
+            return weight
+        if not self.copies[dtype].numel():
+            self.copies[dtype] = torch.empty(self.block * weight.shape[1], dtype=dtype, device=weight.device)
+        return self.copies[dtype][: weight.numel()].view_as(weight).copy_(weight)
 
     def block_slices(self) -> Iterator[slice]:
         return (slice(i, min(i + self.block, self.vocab)) for i in range(0, self.vocab, self.block))
@@ -237,7 +251,8 @@ class _Head:
 
     def logits(self, h: Tensor, block: slice, weight: Tensor, out: Tensor) -> Tensor:
         """Logits before their unit, h @ weight.T + bias; under a cap tanh of their ratio to it."""
-        raw = product(h, weight.T, out, exact=not self.rounds_logits)
+        with bf16_unit(self.options.compute):
+            raw = product(h, weight.T, out)
         if self.bias is not None:
             raw.add_(self.bias[block])
         return raw if self.softcap is None else raw.mul_(self.options.logit_scale / self.softcap).tanh_()
@@ -252,7 +267,9 @@ class _Head:
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.grad_weight is not None and self.untouched:  # no tokens at all
             self.grad_weight.zero_()
-        weight = None if self.grad_weight is None else self.grad_weight.to(self.weight.dtype)
+        weight = self.grad_weight
+        if weight is not None and weight.dtype != self.weight.dtype:
+            weight = on_huge_pages(torch.empty_like(self.weight)).copy_(weight)
         bias = None if self.grad_bias is None else self.grad_bias.to(self.bias_dtype)
         return self.grad_hidden, weight, bias
 
@@ -266,8 +283,9 @@ class _Rows:
     def __init__(self, head: _Head, chunk: slice, lse: Tensor | None = None, coefficient: Tensor | None = None) -> None:
         self.head, self.chunk, self.labels = head, chunk, head.labels[chunk]
         self.h = head.rounded(head.hidden[chunk])
-        copied = self.h.device.type == "cpu" and not head.rounds_logits
-        self.h_logits = self.h.to(head.wide) if copied else self.h  # what `product` would copy for every tile
+        self.h_logits = self.h.to(head.for_logits)
+        self.mass: Tensor
+        self.by_hidden: Tensor | None
         self._place_targets()
         if lse is not None:
             self._fold(lse, coefficient)
@@ -295,12 +313,12 @@ class _Rows:
             self.mass.fill_(1)
             self._scale(coefficient)
         capped, with_mean = head.softcap is not None, coefficient is None and not head.mean_from_hidden
-        for block, weight in head.blocks():
+        for block, weight_logits, weight in head.blocks():
             tile = head.tile(tokens, block)
-            self._mask_targets(head.logits(self.h_logits, block, weight, tile.raw), block)
+            self._mask_targets(head.logits(self.h_logits, block, weight_logits, tile.raw), block)
             mass, mean = head.fold(tile, minus_log2_base, head.k, capped, with_mean)
             if self.by_hidden is not None:
-                product(tile.others, weight, self.by_hidden, beta=1, exact=False)
+                product(tile.others, weight, self.by_hidden, beta=1, scratch=head.scratch)
             if coefficient is None:
                 self.mass += mass
                 if mean is not None:
@@ -329,7 +347,7 @@ class _Rows:
     def _top(self) -> Tensor:
         """The largest logit of the others, at the price of one more product."""
         head, top = self.head, torch.full_like(self.base, -torch.inf)
-        for block, weight in head.blocks():
+        for block, weight, _ in head.blocks():
             raw = head.logits(self.h_logits, block, weight, head.tile(len(self.h), block).raw)
             top = torch.maximum(top, self._mask_targets(raw, block).amax(1).to(head.wide) * head.unit)
         return top
@@ -351,7 +369,8 @@ class _Rows:
     def _add_to_weight(self, others: Tensor, block: slice) -> None:
         head = self.head
         if head.grad_weight is not None:
-            product(others.T, self.scaled, head.grad_weight[block], beta=0 if head.untouched else 1, exact=False)
+            into, beta = head.grad_weight[block], 0 if head.untouched else 1
+            product(others.T, self.scaled, into, beta=beta, scratch=head.scratch)
         if head.grad_bias is not None:
             head.grad_bias[block] += (others.to(head.wide) * self.at_others.unsqueeze(1)).sum(0)
 
@@ -371,3 +390,10 @@ class _Rows:
             head.grad_weight.index_add_(0, self.labels, self.h * at_target.unsqueeze(1))
         if head.grad_bias is not None:
             head.grad_bias.index_add_(0, self.labels, at_target)
+
+
+def _even(tokens: int, most: int) -> int:
+    """Size of chunks as even as can be, at most `most` tokens, in multiples of 16: products of odd sizes are slower."""
+    most -= most % 16 if most > 16 else 0
+    chunks = max(-(-tokens // most), 1)
+    return min(-(-tokens // chunks // 16) * 16 or most, most)

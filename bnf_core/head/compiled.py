@@ -35,9 +35,7 @@ def _compiled():  # type: ignore[no-untyped-def]
     return torch.compile(_fold, dynamic=True)
 
 
-def fold_compiled(
-    tile: Tile, minus_log2_base: Tensor, k: float, capped: bool, with_mean: bool
-) -> tuple[Tensor, Tensor | None]:
+def fold_compiled(tile: Tile, minus_log2_base: Tensor, k: float, capped: bool, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     if not _broken:
         try:
             result: tuple[Tensor, Tensor | None] = _compiled()(tile.raw, minus_log2_base, k, capped, with_mean, tile.others)

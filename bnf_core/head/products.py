@@ -8,13 +8,15 @@ Elsewhere narrow operands are copied to float32, which is exact and no slower th
 """
 
 import contextlib
+import ctypes
 import functools
+import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["bf16_unit", "multiplies", "product"]
+__all__ = ["bf16_unit", "multiplies", "on_huge_pages", "product", "rounding_scratch"]
 
 
 @functools.cache
@@ -26,27 +28,46 @@ def multiplies(dtype: torch.dtype, device_type: str) -> bool:
     return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and bool(fast_bf16))
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, beta: int = 0, exact: bool = True) -> Tensor:
-    """out = a @ b + beta * out, summed in the dtype of `out` or better; beta is 0 or 1.
+def product(a: Tensor, b: Tensor, out: Tensor, *, beta: int = 0, scratch: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """out = a @ b + beta * out, summed and kept in the dtype of `out`; beta is 0 or 1.
 
-    exact: every digit of the sums is kept; otherwise they may be rounded to the operands' dtype on their way.
+    With `scratch` (`rounding_scratch`), sums may be rounded to the operands' dtype before they are added to `out`.
     """
     if a.dtype == b.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
     if a.is_cuda:
-        kept = {"out_dtype": out.dtype}
-        return torch.addmm(out, a, b, **kept, out=out) if beta else torch.mm(a, b, **kept, out=out)
-    if exact or not multiplies(a.dtype, a.device.type):
-        a, b = a.to(out.dtype), b.to(out.dtype)
-        with bf16_unit():  # without AMX this changes nothing: float32 products stay float32
-            return torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
-    rounded = torch.mm(a, b)
-    return out.add_(rounded) if beta else out.copy_(rounded)
+        kept = out.dtype
+        return torch.addmm(out, a, b, out_dtype=kept, out=out) if beta else torch.mm(a, b, out_dtype=kept, out=out)
+    if scratch is None:
+        with bf16_unit(a.dtype):
+            return product(a.to(out.dtype), b.to(out.dtype), out, beta=beta)
+    width = b.shape[1]
+    rows = len(scratch[0]) // width
+    for a_rows, out_rows in zip(torch.split(a, rows), torch.split(out, rows), strict=True):
+        narrow, wide = (space[: out_rows.numel()].view(-1, width) for space in scratch)
+        torch.mm(a_rows, b, out=narrow)
+        if beta:
+            out_rows.add_(wide.copy_(narrow))  # mixed dtypes would take new memory for `wide` in every call
+        else:
+            out_rows.copy_(narrow)
+    return out
+
+
+def rounding_scratch(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the sums that `product` rounds, some rows of `width` at a time."""
+    size = max(2**19, width)
+    return torch.empty(size, dtype=dtype, device=device), torch.empty(size, dtype=torch.float32, device=device)
 
 
 @contextlib.contextmanager
-def bf16_unit() -> Iterator[None]:
-    """float32 operands are multiplied as the bf16 numbers that they hold, by the CPU's AMX (restored afterwards)."""
+def bf16_unit(holding: torch.dtype) -> Iterator[None]:
+    """float32 operands holding bf16 numbers are multiplied as those by the CPU's AMX, exactly; restored afterwards.
+
+    Without AMX float32 products stay what they are; so they do where the operands hold anything but bf16 numbers.
+    """
+    if holding != torch.bfloat16:
+        yield
+        return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
@@ -54,3 +75,18 @@ def bf16_unit() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def on_huge_pages(x: Tensor) -> Tensor:
+    """x, new and not yet written to; Linux is asked to back it with huge pages, which are several times faster to touch."""
+    if sys.platform == "linux" and x.device.type == "cpu":
+        page, start, end = 2**21, x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
+        start += -start % page
+        if end - start >= page:
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE; advice may be refused
+    return x
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bnf_core.head.naive import HeadOptions, binary_entropy
+from bnf_core.head.products import product
 
 __all__ = ["log_odds_triton", "token_loss_triton"]
 
@@ -144,7 +145,7 @@ class _Work:
     def logits(self, chunk: slice) -> Tensor:
         """(chunk, vocab) products summed and kept in float32, bias added; scale and cap are the kernels'."""
         out = self.space[: chunk.stop - chunk.start]
-        _product(self.hidden[chunk], self.weight.T, out)
+        product(self.hidden[chunk], self.weight.T, out)
         return out if self.bias is None else out.add_(self.bias)
 
     def statistics(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,9 +171,9 @@ class _Work:
         )
         if self.grad_hidden is not None:
             out = torch.empty(tokens, self.hidden.shape[1], dtype=self.wide, device=self.hidden.device)
-            self.grad_hidden[chunk] = _product(rounded, self.weight, out)
+            self.grad_hidden[chunk] = product(rounded, self.weight, out)
         if self.grad_weight is not None:
-            _product(rounded.T, self.hidden[chunk], self.grad_weight, add=True)
+            product(rounded.T, self.hidden[chunk], self.grad_weight, beta=1)
         if self.grad_bias is not None:
             self.grad_bias += rounded.sum(0, dtype=self.wide)
 
@@ -187,15 +188,6 @@ class _Work:
 
     def _block(self) -> int:
         return int(min(BLOCK, triton.next_power_of_2(self.vocab)))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out (+)= a @ b, summed and kept in the dtype of `out`, never rounded to the operands'."""
-    if a.dtype == out.dtype:
-        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=1 if add else 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -244,7 +244,89 @@ def test_the_cpus_bf16_setting_is_restored() -> None:
 
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    with contextlib.suppress(KeyError), bf16_unit():
+    with contextlib.suppress(KeyError), bf16_unit(torch.bfloat16):
         assert matmul.fp32_precision == "bf16"
         raise KeyError
     assert matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("softcap", [None, 40.0])
+@pytest.mark.parametrize("offset", [-300.0, -30.0, 0.0, 30.0, 300.0])
+def test_targets_far_from_the_other_logits(implementation: str, softcap: float | None, offset: float) -> None:
+    """However far above or below the others the target's logit is, nothing overflows and no digit is lost."""
+    inputs = problem((7, 5, 11, 3), torch.float32)
+    with torch.no_grad():
+        inputs["hidden"][:, 0], inputs["weight"][:, 0] = 1.0, 0.0
+        inputs["labels"][:] = 4
+        inputs["weight"][4, 0] = offset
+    target, keywords = torch.zeros(7), {"softcap": softcap}
+    exact = run(inputs, torch.float64, "nll", target, implementation="naive", **keywords)
+    plain = run(inputs, torch.float32, "nll", target, implementation="naive", **keywords)
+    fast = run(inputs, torch.float32, "nll", target, implementation=implementation, **keywords)
+    for name, truth, slow, quick in zip(RESULTS, exact, plain, fast, strict=True):
+        assert not quick.isnan().any(), name
+        error, plain_error = (quick.double() - truth).abs().max(), (slow.double() - truth).abs().max()
+        size = max(float(truth.abs().max()), 300 if name == "dhidden" else 40)  # of what was summed: weights, logits
+        assert error <= 1.5 * plain_error + 16 * torch.finfo(torch.float32).eps * size, name
+
+
+def test_without_a_compiler_the_eager_code_does_the_work(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    from bnf_core.head import compiled
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(compiled, "_compiled", lambda: broken)
+    monkeypatch.setattr(compiled, "_broken", [])
+    inputs, target = problem((7, 5, 11, 3)), torch.zeros(7)
+    expected = run(inputs, torch.float64, "bnf", target, implementation="chunked")
+    for _ in range(2):
+        for ours, theirs in zip(run(inputs, torch.float64, "bnf", target, implementation="compiled"), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert [r.message for r in caplog.records] == [
+        "torch.compile does not work here, so the head's element-wise part runs eagerly (RuntimeError: no C++ compiler found)"
+    ]
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_rounded_logits_are_near_and_gradients_as_good(implementation: str) -> None:
+    """exact=False: log-odds within bf16's rounding of the logits (exact ones are 1,000 times closer)."""
+    hidden, weight, labels = torch.randn(50, 64).bfloat16(), torch.randn(300, 64).bfloat16(), torch.randint(300, (50,))
+    exact, _ = linear_log_odds(hidden.double(), weight.double(), labels, implementation="naive")
+    size = (hidden.double() @ weight.double().T).abs().max()
+    rounded, _ = linear_log_odds(hidden, weight, labels, implementation=implementation, exact=False)
+    assert (rounded - exact).abs().max() <= 2**-8 * size
+    kept, _ = linear_log_odds(hidden, weight, labels, implementation=implementation)
+    assert (kept - exact).abs().max() <= 2**-18 * size
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_a_large_head_in_one_pass_and_in_two(implementation: str) -> None:
+    """Several chunks and blocks of the sizes that the implementation chooses itself, every option combined, bf16."""
+    if implementation == "triton" and not torch.cuda.is_available():
+        pytest.skip("a large head takes minutes under Triton's interpreter")
+    tokens, dim, vocab = 333, 129, 70_001
+    hidden, weight = torch.randn(tokens, dim).bfloat16(), (torch.randn(vocab, dim) / 6).bfloat16()
+    bias, labels = torch.randn(vocab).bfloat16(), torch.randint(vocab, (tokens,))
+    labels[::7] = -100
+    ref, coefficient = torch.randn(tokens) - 11, torch.randn(tokens) / tokens
+    options: dict[str, Any] = {"softcap": 5.0, "logit_scale": 0.7}
+
+    def gradients(name: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        loss, log_odds, entropy = linear_bnf_loss(
+            leaves[0], leaves[1], labels, ref.to(dtype), coefficient.to(dtype), bias=leaves[2], implementation=name, **options
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return [loss.detach(), log_odds, entropy, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    exact, plain, fast = (
+        gradients("naive", torch.float64),
+        gradients("naive", torch.bfloat16),
+        gradients(implementation, torch.bfloat16),
+    )
+    for name, truth, slow, quick in zip(RESULTS, exact, plain, fast, strict=True):
+        error, plain_error = (quick.double() - truth).abs().max(), (slow.double() - truth).abs().max()
+        units = 64 if name == "entropy" else 16
+        assert error <= 1.5 * plain_error + units * torch.finfo(quick.dtype).eps * truth.abs().max(), name
