@@ -1,7 +1,10 @@
 """Time and peak memory of the log-odds head, forward and backward, against the bare matrix products of its shape.
 
     python -m bnf_core.benchmark                                   # SmolLM2's head on a CPU, Llama-3's and Gemma-2's on a GPU
-    python -m bnf_core.benchmark --shape 2048x576x49152 --dtype bfloat16 --repeats 7
+    python -m bnf_core.benchmark --shape 2048x576x49152 --dtype autocast --repeats 7
+
+--dtype autocast is mixed precision as in training: a float32 weight under bf16 autocast. With a bf16 weight dweight is
+bf16 too, but summed in float32, which the column of extra memory shows.
 
 Every candidate runs in the same process, in turn (A B C A B C ...), so that a machine that changes its speed changes it
 for all; the table has medians with their spread. Memory is what a call holds at its peak beyond its inputs, dhidden and
@@ -11,6 +14,7 @@ dweight. TRL's, Liger's and Apple's heads are measured where they are installed.
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -31,7 +35,7 @@ from bnf_core.fused import linear_bnf_loss
 from bnf_core.head import IMPLEMENTATIONS, linear_log_odds, triton_runs_on
 from bnf_core.objectives import bnf
 
-CPU_SHAPES = ["2048x576x49152"]
+CPU_SHAPES = ["2048x576x49152", "1024x2048x128256"]
 GPU_SHAPES = ["8192x4096x128256", "8192x3584x256000", "32768x4096x128256"]
 Step = Callable[[], object]
 
@@ -39,53 +43,65 @@ Step = Callable[[], object]
 class Problem:
     """Hidden states, weight and what else a head is given, with gradients wanted."""
 
-    def __init__(self, shape: str, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, shape: str, precision: str, device: str) -> None:
+        self.autocast = precision == "autocast"
+        dtype = torch.bfloat16 if self.autocast else getattr(torch, precision)
         self.tokens, self.dim, self.vocab = (int(n) for n in shape.split("x"))
         generator = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"device": device, "generator": generator}
         self.hidden = torch.randn(self.tokens, self.dim, **options).to(dtype).requires_grad_()
-        self.weight = torch.randn(self.vocab, self.dim, **options).mul_(self.dim**-0.5).to(dtype).requires_grad_()
+        self.weight = torch.randn(self.vocab, self.dim, **options).mul_(self.dim**-0.5)
+        self.weight = self.weight.to(torch.float32 if self.autocast else dtype).requires_grad_()
         self.labels = torch.randint(self.vocab, (self.tokens,), **options)
         self.ref_log_odds = torch.randn(self.tokens, **options) - 10
         self.coefficient = torch.full((self.tokens,), 1 / self.tokens, device=device)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Callable[[], Tensor]) -> None:
         self.hidden.grad = self.weight.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.autocast(self.hidden.device.type, torch.bfloat16, enabled=self.autocast):
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
 
 
 def candidates(p: Problem) -> dict[str, Step]:
     """What can run here, by name. All but the first compute a loss and its gradients in hidden states and weight."""
     found: dict[str, Step] = {"bare products": _bare(p)}
-    found["cross-entropy on full logits"] = lambda: p.backward(F.cross_entropy(F.linear(p.hidden, p.weight).float(), p.labels))
+
+    def add(name: str, loss: Callable[[], Tensor]) -> None:
+        found[name] = lambda: p.backward(loss)
+
+    add("cross-entropy on full logits", lambda: F.cross_entropy(F.linear(p.hidden, p.weight).float(), p.labels))
     for name in IMPLEMENTATIONS:
         if name == "triton" and not triton_runs_on(p.hidden.device):
             continue
-        found[f"linear_bnf_loss, {name}"] = lambda name=name: p.backward(  # type: ignore[misc]
-            linear_bnf_loss(p.hidden, p.weight, p.labels, p.ref_log_odds, p.coefficient, implementation=name)[0]
-        )
+        add(f"linear_bnf_loss, {name}", functools.partial(_one_pass, p, name))
+        if name in ("chunked", "compiled") and p.hidden.dtype == torch.bfloat16 and not p.hidden.is_cuda:
+            add(f"linear_bnf_loss, {name}, rounded", functools.partial(_one_pass, p, name, exact=False))
         if name != "naive":
-            found[f"linear_log_odds, {name}"] = lambda name=name: p.backward(_two_steps(p, name))  # type: ignore[misc]
+            add(f"linear_log_odds, {name}", functools.partial(_two_steps, p, name))
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
-        found["torch linear_cross_entropy"] = lambda: p.backward(
-            F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=options)
-        )
+        add("torch linear_cross_entropy", lambda: F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=options))
     with contextlib.suppress(ImportError):
         trl = importlib.import_module("trl.kernels").ChunkedLogProbFunction
-        found["TRL fused head"] = lambda: p.backward(-trl.apply(p.hidden, p.weight, None, p.labels, 1.0, 8192)[0].mean())
+        add("TRL fused head", lambda: -trl.apply(p.hidden, p.weight, None, p.labels, 1.0, 8192)[0].mean())
     if p.hidden.is_cuda:
         with contextlib.suppress(ImportError):
             liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-            found["Liger"] = lambda: p.backward(liger(p.weight, p.hidden, p.labels))
+            add("Liger", lambda: liger(p.weight, p.hidden, p.labels))
         with contextlib.suppress(ImportError):
             cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-            found["CCE"] = lambda: p.backward(cce(p.hidden, p.weight, p.labels))
+            add("CCE", lambda: cce(p.hidden, p.weight, p.labels))
     return found
 
 
+def _one_pass(p: Problem, implementation: str, exact: bool = True) -> Tensor:
+    options: dict[str, Any] = {"implementation": implementation, "exact": exact}
+    return linear_bnf_loss(p.hidden, p.weight, p.labels, p.ref_log_odds, p.coefficient, **options)[0]
+
+
 def _bare(p: Problem) -> Step:
-    hidden, weight = p.hidden.detach(), p.weight.detach()
+    hidden, weight = p.hidden.detach(), p.weight.detach().to(p.hidden.dtype)
     logits = torch.empty(p.tokens, p.vocab, dtype=hidden.dtype, device=hidden.device)
 
     def products() -> None:
@@ -169,9 +185,9 @@ def _resident() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def measure(shape: str, dtype: torch.dtype, device: str, repeats: int, only: str) -> list[dict[str, Any]]:
+def measure(shape: str, precision: str, device: str, repeats: int, only: str) -> list[dict[str, Any]]:
     """One row per candidate: median seconds, spread, ratio to the bare products, extra memory; or why it did not run."""
-    p = Problem(shape, dtype, device)
+    p = Problem(shape, precision, device)
     steps = {name: step for name, step in candidates(p).items() if only in name or name == "bare products"}
     times: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
@@ -187,7 +203,7 @@ def measure(shape: str, dtype: torch.dtype, device: str, repeats: int, only: str
     rows = []
     bare = statistics.median(times["bare products"])
     for name, step in steps.items():
-        row: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "device": device, "name": name}
+        row: dict[str, Any] = {"shape": shape, "dtype": precision, "device": device, "name": name}
         if name in failed:
             row["failed"] = failed[name]
         else:
@@ -202,15 +218,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
         lines.append(f"\ntokens x dim x vocab = {shape}, {dtype}")
-        lines.append(f"{'':34}{'seconds':>9}{'(spread)':>18}{'ratio':>8}{'extra MiB':>11}")
+        lines.append(f"{'':38}{'seconds':>9}{'(spread)':>18}{'ratio':>8}{'extra MiB':>11}")
         for row in rows:
             if (row["shape"], row["dtype"]) == (shape, dtype):
                 if "failed" in row:
-                    lines.append(f"{row['name']:34} did not run: {row['failed']}")
+                    lines.append(f"{row['name']:38} did not run: {row['failed']}")
                     continue
                 spread = f"({row['fastest']:.3f}-{row['slowest']:.3f})"
                 extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
-                lines.append(f"{row['name']:34}{row['seconds']:9.3f}{spread:>18}{row['ratio']:8.2f}{extra:>11}")
+                lines.append(f"{row['name']:38}{row['seconds']:9.3f}{spread:>18}{row['ratio']:8.2f}{extra:>11}")
     return "\n".join(lines)
 
 
@@ -235,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shape", action="append", help="TOKENSxDIMxVOCAB, repeatable; default: by device")
-    parser.add_argument("--dtype", action="append", help="float32, bfloat16 or float16, repeatable; default: by device")
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16", "autocast"], help="repeatable")
     parser.add_argument("--device", default=device, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each, after one to warm up")
     parser.add_argument("--only", default="", help="only candidates whose name contains this")
@@ -243,8 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = []
     for shape in options.shape or (GPU_SHAPES if options.device == "cuda" else CPU_SHAPES):
-        for name in options.dtype or (["bfloat16"] if options.device == "cuda" else ["float32"]):
-            rows += measure(shape, getattr(torch, name), options.device, options.repeats, options.only)
+        for name in options.dtype or (["bfloat16"] if options.device == "cuda" else ["float32", "bfloat16"]):
+            rows += measure(shape, name, options.device, options.repeats, options.only)
     processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads")
     print(table(rows))
