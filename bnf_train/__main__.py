@@ -39,7 +39,8 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
     from rich.console import Console
 
     from bnf_core import OBJECTIVES, PAIRWISE
-    from bnf_train import data, demo, report
+    from bnf_train import demo, report
+    from bnf_train.collate import Collator
     from bnf_train.load import context_length, load_model, load_tokenizer
     from bnf_train.model_head import attach_log_odds_head
     from bnf_train.reference_cache import add_ref_log_odds
@@ -68,7 +69,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
         )
     model = load_model(config.model, config.trust_remote_code)
     attach_log_odds_head(model)
-    collator = data.Collator(tokenizer.pad_token_id)
+    collator = Collator(tokenizer.pad_token_id)
     add_ref_log_odds(
         model, train_rows + held_out, collator, config.device, bool(config.bf16), config.per_device_eval_batch_size
     )

@@ -1,4 +1,4 @@
-"""Rows of preference data to batches of token ids: read, render with the chat template, tokenise, collate."""
+"""Rows of preference data to token ids: read, render with the chat template, tokenise."""
 
 import json
 import random
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +17,6 @@ from bnf_train.load import load_file, load_hub_dataset
 
 Message = dict[str, Any]
 SPLITS = {"train": ("train", "train_prefs"), "test": ("test", "test_prefs", "validation")}
-MODEL_INPUTS = ("input_ids", "attention_mask", "response_positions", "response_labels")  # of a batch, for forward
 FILES = {".parquet": "parquet", ".csv": "csv"}
 COLUMNS = ("prompt", "chosen", "rejected", "completion", "label")
 SHAPES = "(prompt, chosen, rejected) or (prompt, completion, label)"
@@ -190,42 +188,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     last = next((i for i in range(len(ids) - 1, start, -1) if ids[i] in special), None)
     return None if last is None or tokenizer.decode(ids[last + 1 :]).strip() else last + 1
-
-
-class Collator:
-    """Responses of some rows to one batch: padded token ids, and flat vectors over the response tokens only.
-
-    Logits at position t - 1 predict token t: `response_positions` are the flat (sequence * length + t - 1) places of
-    the hidden states that predict the response tokens `response_labels`.
-    """
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        responses = [response for row in rows for response in row.responses]
-        length = max(len(r.input_ids) for r in responses)
-        input_ids = torch.full((len(responses), length), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        positions, labels = [], []
-        for i, r in enumerate(responses):
-            ids = torch.tensor(r.input_ids)
-            input_ids[i, : len(ids)] = ids
-            attention_mask[i, : len(ids)] = 1
-            positions.append(i * length + torch.arange(r.prompt_length - 1, len(ids) - 1))
-            labels.append(ids[r.prompt_length :])
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "response_positions": torch.cat(positions),
-            "response_labels": torch.cat(labels),
-            "response": torch.arange(len(responses)).repeat_interleave(torch.tensor([r.tokens for r in responses])),
-            "preferred": torch.tensor([r.preferred for r in responses]),
-            "row": torch.tensor([i for i, row in enumerate(rows) for _ in row.responses]),
-        }
-        if all(r.ref_log_odds is not None for r in responses):
-            batch["ref_log_odds"] = torch.cat([r.ref_log_odds for r in responses])  # type: ignore[misc]
-        return batch
 
 
 def split_by_prompt(rows: list[Row], size: float, seed: int) -> tuple[list[Row], list[Row]]:

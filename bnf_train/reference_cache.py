@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from bnf_train.data import MODEL_INPUTS, Collator, Row
+from bnf_train.collate import Collator, model_inputs
+from bnf_train.data import Row
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def add_ref_log_odds(
     loader: Any = DataLoader(order, batch_size, collate_fn=lambda rows: (rows, collator(rows)))
     for batch_rows, batch in tqdm(loader, desc="reference log-odds"):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            log_odds, _ = model(**{name: batch[name].to(device) for name in MODEL_INPUTS})
+            log_odds, _ = model(**{name: value.to(device) for name, value in model_inputs(batch).items()})
         responses = [response for row in batch_rows for response in row.responses]
         for response, values in zip(responses, log_odds.cpu().split([r.tokens for r in responses]), strict=True):
             response.ref_log_odds = values.clone()

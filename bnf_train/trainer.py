@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer
 
 from bnf_core import PAIRWISE, Objective, TokenBatch, bnf_weight
-from bnf_train.data import MODEL_INPUTS
+from bnf_train.collate import model_inputs
 
 LABELS = ("preferred", "dispreferred")
 # per-response sums that evaluation gathers
@@ -52,7 +52,7 @@ class BNFTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        log_odds, entropy = model(**{name: inputs[name] for name in MODEL_INPUTS})
+        log_odds, entropy = model(**model_inputs(inputs))
         batch = TokenBatch(
             inputs["response"],
             inputs["preferred"],

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from bnf_train.data import Collator, Response, Row, read_rows, split_by_prompt, to_conversations, tokenize
+from bnf_train.collate import Collator
+from bnf_train.data import Response, Row, read_rows, split_by_prompt, to_conversations, tokenize
 from bnf_train.errors import UsageError
 
 USER, WELL, BADLY = (

@@ -88,7 +88,8 @@ def test_an_unknown_head_is_refused() -> None:
 def test_head_and_objective_are_the_papers_loss() -> None:
     """From token ids to eq. 4 on a real model: the shift, the masks, the lengths."""
     from bnf_core import TokenBatch, bnf
-    from bnf_train.data import Collator, Response, Row
+    from bnf_train.collate import Collator
+    from bnf_train.data import Response, Row
 
     policy, ref = tiny("llama"), tiny("llama")
     with torch.no_grad():

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import OBJECTIVES
 from bnf_train.__main__ import main
+from bnf_train.collate import Collator
 from bnf_train.config import parse
-from bnf_train.data import Collator, tokenize
+from bnf_train.data import tokenize
 from bnf_train.load import load_model, load_tokenizer
 from bnf_train.model_head import attach_log_odds_head
 from bnf_train.reference_cache import add_ref_log_odds
