@@ -1,16 +1,20 @@
 """What a run is made of: every flag of transformers.TrainingArguments, the project's own, and the paper's presets."""
 
 import argparse
-from collections.abc import Sequence
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+import yaml
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
-from bnf_core import OBJECTIVES
-from bnf_train import demo
+from bnf_train import demo, objectives
 from bnf_train.errors import UsageError
 
 # Section 4 of the paper: the preference set and the learning rate of each base model. What all three share
@@ -42,6 +46,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Optimizers that keep what a bf16 weight rounds away: the argument that makes them, and the package they come from.
+FOR_BF16_WEIGHTS = {
+    "adamw_torch_8bit": ("bf16_stochastic_round", "torchao"),
+    "adamw_torch_4bit": ("bf16_stochastic_round", "torchao"),
+    "adamw_anyprecision": ("use_kahan_summation", "torchdistx"),
+    "stable_adamw": ("kahan_sum", "optimi"),
+}
+
 
 @dataclass
 class BNFConfig(TrainingArguments):
@@ -70,7 +82,14 @@ class BNFConfig(TrainingArguments):
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt and response together, in tokens."})
-    objective: str = field(default="bnf", metadata={"help": "What to minimise.", "choices": sorted(OBJECTIVES)})
+    objective: str = field(
+        default="bnf",
+        metadata={
+            "help": f"What to minimise: {', '.join(sorted(objectives.OBJECTIVES))}, or a function of your own as "
+            "module:function or path/to/file.py:function. Its hyper-parameters are flags (below)."
+        },
+    )
+    hyperparameters: dict[str, Any] = field(default_factory=dict, init=False)  # of the objective, from flags of their own
     batch_size: int | None = field(
         default=None,
         metadata={
@@ -78,7 +97,27 @@ class BNFConfig(TrainingArguments):
             "Default: 128 as in the paper."
         },
     )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Responses of a batch stand one behind the other, without padding and without seeing each other."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a hub model."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "What weights are held in. bfloat16 needs an --optim that loses no update to rounding: "
+            + ", ".join(FOR_BF16_WEIGHTS),
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+    debug: str = field(
+        default="",
+        metadata={
+            "help": "Show the traceback of an error; or one of transformers' debug options.",
+            "nargs": "?",
+            "const": "error",
+        },
+    )
 
     # TrainingArguments' own, with other defaults
     output_dir: str | None = field(
@@ -89,7 +128,9 @@ class BNFConfig(TrainingArguments):
         metadata={"help": "bf16 autocast over float32 weights. Default: where the device multiplies bf16 in hardware."},
     )
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule.", "choices": [kind.value for kind in SchedulerType]}
+    )
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows per forward pass (a pair is one)."})
@@ -107,11 +148,20 @@ class BNFConfig(TrainingArguments):
             raise UsageError(f"--max_length: expected at least 2 tokens, got {self.max_length}.")
         if self.eval_size < 0:
             raise UsageError(f"--eval_size: expected a share below 1, a number of rows, or 0, got {self.eval_size}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name}: expected at least 1, got {value}.")
+        if not self.learning_rate >= 0:
+            raise UsageError(f"--learning_rate: expected a number that is not negative, got {self.learning_rate}.")
+        if self.dtype == "bfloat16":
+            self.optim_args: str | None = _optim_args_for_bf16_weights(str(self.optim), vars(self)["optim_args"])
+        self.tracebacks: bool = "error" in self.debug.split()
+        self.debug = " ".join(word for word in self.debug.split() if word != "error")
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu: bool = self.use_cpu or not accelerated
         self.bf16 = _bf16_in_hardware(self.use_cpu) and not self.fp16 if self.bf16 is None else self.bf16
         if self.output_dir is None:
-            self.output_dir = str(_new_folder(Path("runs") / f"{_short_name(self.model)}-{self.objective}"))
+            self.output_dir = str(_new_folder(Path("runs") / f"{_short_name(self.model)}-{self.objective.rpartition(':')[2]}"))
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
@@ -137,26 +187,153 @@ class BNFConfig(TrainingArguments):
 
 
 class _Parser(HfArgumentParser):
+    """Fills a config's fields; what it refuses is one sentence that names the flag and, where one is close, what was meant."""
+
     def error(self, message: str) -> NoReturn:
+        if match := re.match(r"argument (--\w+)[^:]*: (?:invalid (\w+) value: (.*))?(.*)", message):
+            flag, kind, value, other = match.groups()
+            choices = next((a.choices for a in self._actions if flag in a.option_strings), None)
+            wrong = re.match(r"invalid choice: '([^']*)'", other)
+            close = objectives.nearest(wrong[1], map(str, choices)) if wrong and choices else ""
+            message = f"{flag}: expected {kind}, got {value}" if kind else f"{flag}: {other}{close}"
         raise UsageError(f"{message} (python -m bnf_train --help lists every flag).")
+
+    def given(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """What `arguments` say, without defaults."""
+        unset = object()
+        blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        namespace, unknown = self.parse_known_args(list(arguments), namespace=blank)
+        for argument in unknown:
+            name = argument.split("=")[0]
+            if not name.startswith("--"):
+                self.error(f"{argument}: expected a flag, which begins with --")
+            self.error(f"{name}: no such flag{objectives.nearest(name, self._option_string_actions)}")
+        given = {k: v for k, v in vars(namespace).items() if v is not unset}
+        for name, value in given.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self.error(f"--{name}: expected a number, got {value}")
+        return given
+
+    def arguments_of(self, values: Mapping[str, Any], path: str) -> list[str]:
+        """A file's keys as flags, so that both are read by the same rules."""
+        actions = {name[2:]: action for name, action in self._option_string_actions.items() if name.startswith("--")}
+        arguments: list[str] = []
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in actions or name in ("config", "help"):
+                close = objectives.nearest(name, actions.keys() - {"config", "help"})
+                raise UsageError(f"{path}: unknown key {key}{close} (python -m bnf_train --help lists every flag).")
+            action = actions[name]
+            if value is False and "no" in map(str, action.choices or ()):
+                value = "no"  # YAML reads a bare no as false
+            if value is None or (value is False and action.nargs == "?" and action.const is not True):
+                continue
+            if action.nargs == 0:  # --no_...
+                arguments += [f"--{name}"] if value else []
+            elif value is True and action.nargs == "?":
+                arguments += [f"--{name}"]
+            elif isinstance(value, list) and action.nargs == "+":
+                arguments += [f"--{name}", *map(str, value)]
+            elif isinstance(value, (list, dict)):
+                arguments += [f"--{name}={json.dumps(value)}"]
+            else:
+                arguments += [f"--{name}={value}"]
+        return arguments
 
 
 def parse(arguments: Sequence[str]) -> BNFConfig:
-    """Flags to a config. What a flag says goes before the model's preset, and that before the defaults."""
-    parser = _Parser(BNFConfig, prog="python -m bnf_train", description=_DESCRIPTION, allow_abbrev=False)
-    unset = object()
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
-    given = {k: v for k, v in vars(parser.parse_args(list(arguments), namespace=blank)).items() if v is not unset}
+    """Flags to a config. A flag goes before the --config file, that before the model's preset, that before the defaults."""
+    arguments = [_underscored(argument) for argument in arguments]
+    early = _Parser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--objective"):
+        early.add_argument(name)
+    first, _ = early.parse_known_args(arguments)
+    in_file = {} if first.config is None else _read_yaml(first.config)
+    chosen = first.objective or str(in_file.get("objective") or BNFConfig.objective)
+
+    parser = _parser(chosen)
+    flags = parser.given(arguments)
+    try:
+        file = parser.given(parser.arguments_of(in_file, str(first.config)))
+    except UsageError as error:
+        raise UsageError(str(error) if str(first.config) in str(error) else f"{first.config}: {error}") from error
+    for one, other in (("batch_size", "gradient_accumulation_steps"), ("gradient_accumulation_steps", "batch_size")):
+        if one in flags and other not in flags:
+            file.pop(other, None)  # they say the same thing, and a flag goes before the file
+    given = file | flags
+    given.pop("config", None)
     model = given.get("model", str(demo.MODEL))
     preset = dict(PRESETS.get(model, {}))
     if {"gradient_accumulation_steps", "per_device_train_batch_size"} & given.keys():
         preset.pop("batch_size", None)  # belongs with the preset's own
     if "model" not in given and "dataset" in given:  # the demo model on somebody's data: as long as it can
         preset.pop("max_length")
+    own = {name: given.pop(name) for name in list(given) if name not in BNFConfig.__dataclass_fields__}
     try:
-        return BNFConfig(**{"model": model} | preset | given)
+        config = BNFConfig(**{"model": model} | preset | given)
     except (ValueError, TypeError) as error:  # TrainingArguments' own checks
         raise UsageError(str(error)) from error
+    config.hyperparameters = own
+    objectives.resolve(config)  # refuses what the objective does not have
+    return config
+
+
+def _parser(objective: str) -> _Parser:
+    parser = _Parser(BNFConfig, prog="python -m bnf_train", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="A YAML file with these flags as keys; a flag goes before it.",
+    )
+    group = parser.add_argument_group("hyper-parameters of objectives (default)")
+    for name, options in objectives.flags(objectives.find(objective)).items():
+        if f"--{name}" in parser._option_string_actions:
+            raise UsageError(f"--objective {objective}: --{name} is a flag already; rename that hyper-parameter.")
+        aliases = {f"--{name}", f"--{name.rstrip('_')}"} - parser._option_string_actions.keys()
+        group.add_argument(*sorted(aliases, reverse=True), dest=name, **options)
+    return parser
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {(error.strerror or str(error)).lower()}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        raise UsageError(f"{where}: expected YAML, got {reason}.") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected keys and values, such as `objective: bnf`, got {type(values).__name__}.")
+    return values
+
+
+def _underscored(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
+def _optim_args_for_bf16_weights(optim: str, optim_args: str | None) -> str:
+    """--optim_args of an optimizer that makes up for bf16's rounding, switched on.
+
+    Raises:
+      UsageError: the optimizer does not, or is told not to, or its package is missing.
+    """
+    if optim not in FOR_BF16_WEIGHTS:
+        raise UsageError(
+            f"--dtype bfloat16: with --optim {optim} the weights would not move, because AdamW's step at these learning rates "
+            f"is a hundred times smaller than the spacing of bf16 numbers; use --optim {' or '.join(FOR_BF16_WEIGHTS)}, "
+            "or leave --dtype out: weights are then float32, and --bf16 multiplies in bf16."
+        )
+    switch, package = FOR_BF16_WEIGHTS[optim]
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"--optim {optim}: needs the package {package}, which is not installed.")
+    given = dict(part.partition("=")[::2] for part in (optim_args or "").replace(" ", "").split(",") if part)
+    if given.setdefault(switch, "True").lower() not in ("true", "1", "yes"):
+        raise UsageError(f"--dtype bfloat16: needs {switch}=True in --optim_args, or most updates are lost to rounding.")
+    return ",".join(f"{key}={value}" for key, value in given.items())
 
 
 _DESCRIPTION = (

@@ -1,5 +1,22 @@
-"""The one exception that a user sees as a sentence instead of a traceback."""
+"""The exceptions that a user sees as a sentence instead of a traceback."""
+
+import signal
 
 
 class UsageError(Exception):
     """Bad input: the message is one sentence that names the file, row, column or flag and says what to do."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after it saved what it had: the message says how to go on, `code` is the exit code."""
+
+    def __init__(self, number: int, how_to_go_on: str) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"{name}: {how_to_go_on}")
+        self.code = 128 + number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no memory left: torch.OutOfMemoryError, or what torch's CPU allocator raises."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

@@ -2,14 +2,16 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
-from bnf_train.errors import UsageError
+from bnf_train.errors import UsageError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -30,18 +32,33 @@ def context_length(name: str, trust_remote_code: bool = False) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(name: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model with float32 weights, from safetensors only.
 
-    Whatever dtype they are stored in, weights are held in float32: at the paper's learning rates a step is smaller
-    than the spacing of bf16 numbers, and weights held in bf16 do not move.
+    Whatever dtype they are stored in, weights are held in float32 unless asked otherwise: at the paper's learning rates a
+    step is smaller than the spacing of bf16 numbers, and weights held in bf16 do not move.
+
+    Raises:
+      UsageError: no model there, or one whose weights are pickled, damaged, incomplete, NaN or infinite.
     """
-    return _from_model(
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of shards being read; a log file wants none
+    model, info = _from_model(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         ),
     )
+    if missing := sorted(info["missing_keys"]):
+        raise UsageError(
+            f"--model {name}: its weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} first; "
+            "they would be random numbers."
+        )
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # the sum is finite where all is: one pass, no memory; quantised weights are integers
+        if not tensor.is_meta and tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise UsageError(f"--model {name}: the tensor {key} holds NaN or infinity; the weights are damaged.")
+    return model
 
 
 def load_hub_dataset(name: str) -> Any:
@@ -80,19 +97,38 @@ def _from_model(name: str, load: Callable[[], T]) -> T:
         _offline_if_unreachable()
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the libraries raise a dozen unrelated types at a damaged file
+        if is_out_of_memory(error):
+            raise
+        if "trust_remote_code=True" in str(error):
+            raise UsageError(
+                f"--model {name}: it comes with Python code of its own; read it, and pass --trust_remote_code to run it."
+            ) from error
+        if local and _only_pickled(Path(name)):
+            raise UsageError(
+                f"--model {name}: expected weights in .safetensors files, found pickled ones only, which are not opened "
+                "because they can run code; convert them once with save_pretrained of transformers, where you trust them."
+            ) from error
         if local:
-            raise UsageError(f"--model {name}: could not be loaded ({_reason(error)}).") from error
+            raise UsageError(f"--model {name}: could not be loaded ({_sentence(error)}).") from error
         raise UsageError(
             f"{name}: the model could not be fetched from the Hugging Face hub ({_reason(error)}); "
             "pass --model with a local model folder (and --dataset with a local .jsonl file) instead."
         ) from error
 
 
+def _only_pickled(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
+
+
 def _reason(error: BaseException) -> str:
     if not _offline_if_unreachable():
         return "the hub cannot be reached and nothing is cached"
-    return " ".join(str(error).split())[:300].rstrip(".")
+    return _sentence(error)
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")
 
 
 @functools.cache

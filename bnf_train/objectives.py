@@ -1,0 +1,179 @@
+"""--objective: one of bnf_core's by name, or a user's own by module:function or path/to/file.py:function.
+
+Hyper-parameters are the keyword-only parameters of the function, with its defaults: they are listed nowhere else.
+A function of one's own takes (log_odds, batch), as those of `bnf_core.OBJECTIVES` do, and returns one loss per
+response, or, with the attribute `pairwise = True`, one per pair.
+"""
+
+import argparse
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bnf_core import OBJECTIVES, PAIRWISE, Objective, TokenBatch
+from bnf_train.errors import UsageError
+
+if TYPE_CHECKING:
+    from bnf_train.config import BNFConfig
+
+
+def resolve(config: "BNFConfig") -> tuple[Objective, bool]:
+    """The objective with its hyper-parameters bound, and whether it has one loss per pair (else one per response).
+
+    Raises:
+      UsageError: no such function, a hyper-parameter out of range or missing, or a result of another shape.
+    """
+    function = find(config.objective)
+    pairwise = is_pairwise(config.objective, function)
+    known = hyperparameters(function)
+    given: dict[str, Any] = dict(config.hyperparameters)
+    for name in given:
+        if name not in known:
+            has = " ".join(f"--{other}" for other in known) or "none"
+            raise UsageError(f"--{name}: --objective {config.objective} has no such hyper-parameter; it has {has}.")
+    for name, parameter in known.items():
+        if name not in given and parameter.default is inspect.Parameter.empty:
+            raise UsageError(f"--{name} is missing: --objective {config.objective} has no default for it.")
+    objective = functools.partial(function, **given) if given else function
+    _try(config.objective, objective, pairwise)
+    return objective, pairwise
+
+
+@functools.cache  # a user's file is run once
+def find(name: str) -> Objective:
+    """The function that `--objective name` means."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module_name, colon, function_name = name.rpartition(":")
+    if not (colon and module_name and function_name):
+        raise UsageError(
+            f"--objective {name}: expected one of {', '.join(sorted(OBJECTIVES))}, or a function of your own as "
+            f"module:function or path/to/file.py:function{nearest(name, OBJECTIVES)}."
+        )
+    module = _module(name, module_name)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_")]
+        raise UsageError(
+            f"--objective {name}: {module_name} has no function {function_name}; it has {', '.join(functions) or 'none'}."
+        )
+    try:
+        required = {k: 0.0 for k, p in hyperparameters(function).items() if p.default is p.empty}
+        inspect.signature(function).bind(None, None, **required)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"--objective {name}: expected a function of (log_odds, batch), hyper-parameters keyword-only, got {error}."
+        ) from error
+    return function
+
+
+def is_pairwise(name: str, function: Objective) -> bool:
+    """One loss per pair: those of `bnf_core.PAIRWISE`, and a user's own with `pairwise = True`."""
+    pairwise = name in PAIRWISE or getattr(function, "pairwise", False)
+    if not isinstance(pairwise, bool):
+        raise UsageError(f"--objective {name}: expected its attribute pairwise to be True or False, got {pairwise!r}.")
+    return pairwise
+
+
+def hyperparameters(function: Objective) -> dict[str, inspect.Parameter]:
+    return {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def flags(chosen: Objective) -> dict[str, dict[str, Any]]:
+    """argparse's options for each hyper-parameter of bnf_core's objectives, and of `chosen`."""
+    defaults: dict[str, dict[str, Any]] = {}
+    for name, function in {**OBJECTIVES, "this objective": chosen}.items():
+        if name in OBJECTIVES or chosen not in OBJECTIVES.values():
+            for key, parameter in hyperparameters(function).items():
+                defaults.setdefault(key, {})[name] = parameter.default
+    own = hyperparameters(chosen)
+    return {
+        key: {
+            "type": _type_of(own[key]) if key in own else _number,
+            "default": argparse.SUPPRESS,
+            "metavar": "VALUE",
+            "help": "of " + ", ".join(k if v is inspect.Parameter.empty else f"{k} ({v})" for k, v in by_objective.items()),
+        }
+        for key, by_objective in defaults.items()
+    }
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; the nearest is …" where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; the nearest is {close[0]}" if close else ""
+
+
+def _module(name: str, module: str) -> Any:
+    try:
+        if not module.endswith(".py"):
+            return importlib.import_module(module)
+        path = Path(module)
+        if not path.is_file():
+            raise UsageError(f"--objective {name}: no such file {path}.")
+        spec = importlib.util.spec_from_file_location(f"bnf_train_objective_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        raise UsageError(f"--objective {name}: {module} could not be imported ({_sentence(error)}).") from error
+    return loaded
+
+
+def _type_of(parameter: inspect.Parameter) -> Any:
+    kind = parameter.annotation if parameter.default is parameter.empty else type(parameter.default)
+    from transformers.hf_argparser import string_to_bool
+
+    return {bool: string_to_bool, int: int, str: str}.get(kind, _number)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+_number.__name__ = "number"  # what argparse's message calls it
+
+
+def _try(name: str, objective: Objective, pairwise: bool) -> None:
+    """One pair where policy = reference: the losses must be as many as claimed, finite, and have a gradient."""
+    log_odds = torch.zeros(5, requires_grad=True)
+    batch = TokenBatch(
+        torch.tensor([0, 0, 0, 1, 1]),
+        torch.tensor([True, False]),
+        pair=torch.tensor([0, 0]),
+        ref_log_odds=torch.zeros(5),
+        entropy=torch.ones(5),
+    )
+    try:
+        losses = objective(log_odds, batch)
+    except Exception as error:  # a user's own may raise anything
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else _sentence(error)
+        raise UsageError(f"--objective {name}: {reason}.") from error
+    shape = (1,) if pairwise else (2,)
+    if not isinstance(losses, torch.Tensor) or tuple(losses.shape) != shape:
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
+        raise UsageError(
+            f"--objective {name}: expected one loss per {'pair' if pairwise else 'response'}, shape {shape} for one pair "
+            f"of responses, got {got}" + ("." if pairwise else "; where it is one per pair, set its attribute pairwise = True.")
+        )
+    if not losses.isfinite().all() or not losses.requires_grad:
+        got = "one without a gradient" if losses.isfinite().all() else str(losses.tolist())
+        raise UsageError(f"--objective {name}: expected finite, differentiable losses where policy = reference, got {got}.")
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")
