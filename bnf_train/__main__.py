@@ -8,10 +8,11 @@ Without arguments it trains the embedded demo. For a real one:
 
 import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnf_train.errors import UsageError
+from bnf_train.errors import Interrupted, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,24 +26,42 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     from bnf_train.config import parse  # imports transformers: after the interpreter has said nothing is wrong
 
+    config = None
     try:
-        run(parse(arguments), embedded=not arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        config = parse(arguments)
+        run(config, embedded=not arguments)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+    except Exception as error:
+        if config is not None and is_out_of_memory(error):
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            sentence = (
+                f"out of memory ({reason}); lower --per_device_train_batch_size (now {config.per_device_train_batch_size}) "
+                f"or --max_length (now {config.max_length}), or add --gradient_checkpointing."
+            )
+        elif isinstance(error, UsageError):
+            sentence = str(error)
+        else:
+            raise
+        if config.tracebacks if config else "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     return 0
 
 
 def run(config: "BNFConfig", embedded: bool = False) -> None:
     """One training run, from rows to report, in the order in which it happens."""
+    import torch
     import transformers
     from rich.console import Console
 
-    from bnf_core import OBJECTIVES, PAIRWISE
-    from bnf_train import demo, report
+    from bnf_train import checkpoint, demo, report
     from bnf_train.collate import Collator
     from bnf_train.load import context_length, load_model, load_tokenizer
-    from bnf_train.model_head import attach_log_odds_head
+    from bnf_train.model_head import attach_log_odds_head, can_pack
+    from bnf_train.objectives import resolve
     from bnf_train.reference_cache import add_ref_log_odds
     from bnf_train.trainer import BNFTrainer
 
@@ -51,8 +70,10 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
         rows_of = "400 rows of GSM8K solutions" if config.dataset == str(demo.PREFERENCES) else config.dataset
         console.print(f"{'No arguments: t' if embedded else 'T'}he embedded demo model, on {rows_of}.")
     output = Path(config.output_dir or "")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.resume_from_checkpoint:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not checkpoint.resumes(config.resume_from_checkpoint):
         raise UsageError(f"--output_dir {output}: expected a new or empty folder; remove it or pass another.")
+    with config.main_process_first():
+        resumed = checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.set_seed(config.seed)
 
@@ -62,14 +83,18 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
         config.max_length = context
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     train_rows, held_out = _rows(config, tokenizer, console)
-    if config.objective in PAIRWISE and any(len(row.responses) == 1 for row in train_rows + held_out):
+    objective, pairwise = resolve(config)
+    if pairwise and any(len(row.responses) == 1 for row in train_rows + held_out):
         raise UsageError(
             f"--objective {config.objective} compares the two sides of a pair, and {config.dataset} has single responses; "
             "use --objective bnf, or rows with prompt, chosen, rejected."
         )
-    model = load_model(config.model, config.trust_remote_code)
+    model = load_model(config.model, config.trust_remote_code, getattr(torch, config.dtype))
     attach_log_odds_head(model)
-    collator = Collator(tokenizer.pad_token_id)
+    packed = config.packing and can_pack(model)
+    if config.packing and not packed:
+        console.print(f"{config.model}: packed responses would see each other in this architecture, so they are padded.")
+    collator = Collator(tokenizer.pad_token_id, packed)
     add_ref_log_odds(
         model, train_rows + held_out, collator, config.device, bool(config.bf16), config.per_device_eval_batch_size
     )
@@ -77,7 +102,8 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
     trainer = BNFTrainer(
         model=model,
         args=config,
-        objective=OBJECTIVES[config.objective],
+        objective=objective,
+        pairwise=pairwise,
         data_collator=collator,
         train_dataset=train_rows,
         eval_dataset=held_out or None,
@@ -88,14 +114,15 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
         f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
         f"learning rate {config.learning_rate:g}, objective {config.objective}."
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resumed and str(resumed))
     held_out_metrics = trainer.evaluate() if held_out else {}
     trainer.save_model()
     tokenizer.save_pretrained(output)
+    examples = report.examples(model, held_out, collator, tokenizer, config.device, bool(config.bf16))  # on every process
     if trainer.is_world_process_zero():
-        report.write(output, config, trainer.state.log_history, held_out_metrics)
+        report.write(output, config, trainer.state.log_history, held_out_metrics, examples)
         console.print(report.table(held_out_metrics))
-        console.print(f"Model, metrics.json and metrics.png in {output}")
+        console.print(f"Model, report.html, metrics.json and metrics.png in {output}")
 
 
 def _rows(config: "BNFConfig", tokenizer: "PreTrainedTokenizerBase", console: "Console") -> tuple[list["Row"], list["Row"]]:

@@ -10,12 +10,15 @@ from bnf_train.data import Row
 # what `forward` takes of a batch; of attention_mask and position_ids a batch has one
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "response_positions", "response_labels")
 
+WORTH_PACKING = 1.1  # times as many positions, padding included
+
 
 class Collator:
     """Rows to tensors.
 
     Packed, all responses stand one behind the other in a single sequence, and positions that start again at 0 tell the
-    model where a response begins. Padded, each response is a sequence of its own.
+    model where a response begins. Padded, each response is a sequence of its own; so are batches of about one length,
+    where attention over a packed sequence would cost more than the padding.
 
     Logits at position t - 1 predict token t: `response_positions` are the flat (sequence * length + t - 1) places of
     the hidden states that predict the response tokens `response_labels`. Which token pads plays no part.
@@ -26,31 +29,39 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         responses = [response for row in rows for response in row.responses]
-        ids = [torch.tensor(r.input_ids) for r in responses]
+        # rows without responses fill up the batches of the last step: one token, and nothing to predict
+        ids = [torch.tensor(r.input_ids) for r in responses] or [torch.tensor([self.pad_token_id])]
         lengths = torch.tensor([len(x) for x in ids])
-        if self.packed:
+        longest, total = int(lengths.max()), int(lengths.sum())
+        if self.packed and longest * len(ids) > WORTH_PACKING * total:
             first = lengths.cumsum(0) - lengths
             batch = {
                 "input_ids": torch.cat(ids).unsqueeze(0),
                 "position_ids": torch.cat([torch.arange(len(x)) for x in ids]).unsqueeze(0),
             }
         else:
-            first = torch.arange(len(ids)) * int(lengths.max())
+            first = torch.arange(len(ids)) * longest
             batch = {
                 "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-                "attention_mask": (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
+                "attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).long(),
             }
-        positions = [f + torch.arange(r.prompt_length - 1, len(x) - 1) for f, r, x in zip(first, responses, ids, strict=True)]
+        starts = [int(f) + r.prompt_length for f, r in zip(first, responses, strict=False)]
+        tokens = [r.tokens for r in responses]
         batch |= {
-            "response_positions": torch.cat(positions),
-            "response_labels": torch.cat([x[r.prompt_length :] for r, x in zip(responses, ids, strict=True)]),
-            "response": torch.arange(len(responses)).repeat_interleave(torch.tensor([r.tokens for r in responses])),
-            "preferred": torch.tensor([r.preferred for r in responses]),
-            "row": torch.tensor([i for i, row in enumerate(rows) for _ in row.responses]),
+            "response_positions": _joined([torch.arange(s - 1, s - 1 + n) for s, n in zip(starts, tokens, strict=True)]),
+            "response_labels": _joined([x[r.prompt_length :] for r, x in zip(responses, ids, strict=False)]),
+            "response": torch.arange(len(responses)).repeat_interleave(torch.tensor(tokens, dtype=torch.long)),
+            "preferred": torch.tensor([r.preferred for r in responses], dtype=torch.bool),
+            "row": torch.tensor([i for i, row in enumerate(rows) for _ in row.responses], dtype=torch.long),
+            "number": torch.tensor([row.number for row in rows for _ in row.responses], dtype=torch.long),
         }
         if all(r.ref_log_odds is not None for r in responses):
-            batch["ref_log_odds"] = torch.cat([r.ref_log_odds for r in responses])  # type: ignore[misc]
+            batch["ref_log_odds"] = _joined([r.ref_log_odds for r in responses], torch.float32)
         return batch
+
+
+def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype = torch.long) -> Tensor:
+    return torch.cat([part for part in parts if part is not None] or [torch.empty(0, dtype=dtype)])
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

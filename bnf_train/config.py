@@ -101,6 +101,19 @@ class BNFConfig(TrainingArguments):
         default=True,
         metadata={"help": "Responses of a batch stand one behind the other, without padding and without seeing each other."},
     )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the frozen base is the reference."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: float = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what enters the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers with an adapter. Default: every linear layer but the head."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules trained whole beside the adapter, as lm_head. Default: none."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the base in 4 bits (bitsandbytes, a CUDA GPU, --use_peft)."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a hub model."})
     dtype: str = field(
         default="float32",
@@ -146,6 +159,10 @@ class BNFConfig(TrainingArguments):
             raise UsageError(f"--dataset is missing: only the models of the paper bring their own ({known}).")
         if self.max_length < 2:
             raise UsageError(f"--max_length: expected at least 2 tokens, got {self.max_length}.")
+        if self.lora_r < 1:
+            raise UsageError(f"--lora_r: expected a rank of at least 1, got {self.lora_r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora_dropout: expected a share from 0 to below 1, got {self.lora_dropout}.")
         if self.eval_size < 0:
             raise UsageError(f"--eval_size: expected a share below 1, a number of rows, or 0, got {self.eval_size}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "batch_size"):
@@ -169,6 +186,10 @@ class BNFConfig(TrainingArguments):
             # one process drives one device; torch.nn.DataParallel would split flat token vectors anywhere
             self._n_gpu = 1
         self._set_accumulation(accumulate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments', with the objective's hyper-parameters under the names of their flags."""
+        return {**super().to_dict(), **self.hyperparameters}
 
     def _set_accumulation(self, accumulate: int | None) -> None:
         rows = self.per_device_train_batch_size * self.world_size
@@ -273,7 +294,7 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
         config = BNFConfig(**{"model": model} | preset | given)
     except (ValueError, TypeError) as error:  # TrainingArguments' own checks
         raise UsageError(str(error)) from error
-    config.hyperparameters = own
+    config.hyperparameters = objectives.defaults(config.objective) | own
     objectives.resolve(config)  # refuses what the objective does not have
     return config
 

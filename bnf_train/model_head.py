@@ -1,12 +1,13 @@
 """A causal language model whose forward ends in the log-odds head instead of full logits."""
 
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bnf_core import linear_log_odds, token_log_odds
+from bnf_core import linear_bnf_loss, linear_log_odds, token_log_odds
 from bnf_train.errors import UsageError
 
 
@@ -14,9 +15,12 @@ def attach_log_odds_head(model: PreTrainedModel) -> None:
     """Let `model(input_ids, ..., response_positions=, response_labels=)` return (log_odds, entropy).
 
     response_positions (tokens,) are flat places in (sequences * length) whose hidden state predicts the token
-    response_labels (tokens,). Only those hidden states reach the head. Called without them, the model is what it was.
-    It is the model's own forward that changes, on this instance, so that whatever wraps it (autocast, DDP, FSDP,
-    gradient checkpointing) sees the head's weight used inside the module that owns it; saving is not affected.
+    response_labels (tokens,). Only those hidden states reach the head. With ref_log_odds and coefficient (tokens,) it
+    returns (loss, log_odds, entropy) of `linear_bnf_loss`, which saves a matrix product. Called without
+    response_positions, the model is what it was.
+    It is the forward of the model and of its head that changes, on these instances, so that whatever wraps or shards
+    them (autocast, DDP, FSDP, ZeRO, peft) sees the head's weight used inside the module that owns it, where its hooks
+    have gathered it; saving is not affected.
 
     Raises:
       UsageError: the head's log-odds differ from those of the model's own logits (a head of an unknown kind).
@@ -28,16 +32,46 @@ def attach_log_odds_head(model: PreTrainedModel) -> None:
     options: dict[str, Any] = {"softcap": _softcap(model), "logit_scale": _logit_scale(model)}
 
     def forward(
-        *args: Any, response_positions: Tensor | None = None, response_labels: Tensor | None = None, **kwargs: Any
+        *args: Any,
+        response_positions: Tensor | None = None,
+        response_labels: Tensor | None = None,
+        ref_log_odds: Tensor | None = None,
+        coefficient: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         if response_positions is None or response_labels is None:
             return original(*args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # peft's wrapper fills in None
         hidden = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, response_positions)
-        return linear_log_odds(hidden, head.weight, response_labels, bias=getattr(head, "bias", None), **options)
+        # the head of now: peft may have put its own in the place of the one above
+        return model.get_output_embeddings()(hidden, response_labels, ref_log_odds, coefficient, **options)
 
     model.forward = forward
+    give_log_odds(head)
     _verify(model)
+
+
+def give_log_odds(head: nn.Module) -> None:
+    """Let `head(hidden, response_labels, ...)` return log-odds in place of logits; a bound method, so that a copy of
+    the head computes with the copy's weight."""
+    head.forward = MethodType(_head_forward, head)
+
+
+def _head_forward(
+    head: nn.Module,
+    hidden: Tensor,
+    response_labels: Tensor | None = None,
+    ref_log_odds: Tensor | None = None,
+    coefficient: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    if response_labels is None:
+        return type(head).forward(head, hidden)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if ref_log_odds is None or coefficient is None:
+        return linear_log_odds(hidden, weight, response_labels, bias=bias, **options)
+    return linear_bnf_loss(hidden, weight, response_labels, ref_log_odds, coefficient, bias=bias, **options)
 
 
 def _softcap(model: PreTrainedModel) -> float | None:
@@ -56,20 +90,51 @@ def _logit_scale(model: PreTrainedModel) -> float:
     return float(getattr(config, "lm_head_multiplier", None) or 1)
 
 
-@torch.no_grad()
 def _verify(model: PreTrainedModel) -> None:
     """The head computes what the model's own logits say, on a few tokens: nothing is silently another model."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    vocab = model.get_output_embeddings().weight.shape[0]
-    ids = torch.randint(vocab, (1, 9), generator=torch.Generator().manual_seed(0)).to(device)
-    expected, _ = token_log_odds(model(input_ids=ids[:, :-1]).logits, ids[:, 1:])
-    positions = torch.arange(8, device=device)
-    log_odds, _ = model(input_ids=ids[:, :-1], response_positions=positions, response_labels=ids[0, 1:])
-    model.train(training)
+    ids = _some_ids(model, 9)
+    expected, _ = token_log_odds(_evaluated(model, input_ids=ids[:, :-1]).logits, ids[:, 1:])
+    positions = torch.arange(8, device=ids.device)
+    log_odds, _ = _evaluated(model, input_ids=ids[:, :-1], response_positions=positions, response_labels=ids[0, 1:])
     error = (log_odds - expected[0]).abs().max().item()
     if not error < 1e-2:
         raise UsageError(
             f"{type(model).__name__}: the log-odds head is off by {error:.2g} nats from the model's own logits, "
             "so its head is of a kind that is not supported."
         )
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether responses that stand one behind the other in a sequence do not see each other, by trying it.
+
+    transformers keeps them apart by positions that start again at 0, with the attention implementations and the
+    architectures that can. Where it does not, the second response's log-odds differ from what they are alone.
+    """
+    first, second = _some_ids(model, 17).split([8, 9], dim=1)
+    labels, places = second[0, 1:], torch.arange(8, device=second.device)
+    position_ids = torch.cat([torch.arange(n, device=first.device) for n in (8, 9)]).unsqueeze(0)
+    alone, _ = _evaluated(model, input_ids=second, response_positions=places, response_labels=labels)
+    try:
+        packed, _ = _evaluated(
+            model,
+            input_ids=torch.cat([first, second], dim=1),
+            position_ids=position_ids,
+            response_positions=places + 8,
+            response_labels=labels,
+        )
+    except (TypeError, ValueError, RuntimeError):  # an architecture without position_ids
+        return False
+    return bool((packed - alone).abs().max() < 1e-3)
+
+
+@torch.no_grad()
+def _evaluated(model: PreTrainedModel, **inputs: Any) -> Any:
+    training = model.training
+    output = model.eval()(**inputs)
+    model.train(training)
+    return output
+
+
+def _some_ids(model: PreTrainedModel, length: int) -> Tensor:
+    vocab, device = model.get_output_embeddings().weight.shape[0], next(model.parameters()).device
+    return torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(device)

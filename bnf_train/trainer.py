@@ -1,43 +1,72 @@
 """The trainer: transformers.Trainer with an objective of bnf_core on the log-odds head. From batch to loss, in order:
 
 collator -> model (backbone, head) -> log-odds per token -> objective -> loss per response -> / responses of the step
+
+BNF itself goes through the head in one pass (`linear_bnf_loss`): a token's coefficient is known before its logits are.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, ProgressCallback, Trainer
+from transformers import EvalPrediction, ProgressCallback
 
-from bnf_core import PAIRWISE, Objective, TokenBatch, bnf_weight
+from bnf_core import PAIRWISE, Objective, TokenBatch, bnf, bnf_weight
+from bnf_train.callbacks import EnduringTrainer
 from bnf_train.collate import model_inputs
+from bnf_train.data import Row
+from bnf_train.errors import UsageError
 
 LABELS = ("preferred", "dispreferred")
+SIDES = {"preferred": "chosen", "dispreferred": "rejected"}  # what metrics of other trainers call them
+QUANTILES = (0.1, 0.5, 0.9)
+# mean |w - 1| before the first step; more than noise between two passes means that policy and reference differ
+MOST_NOISE = 1e-2
 # per-response sums that evaluation gathers
-SUMS = ("responses", "losses", "loss", "tokens", "logp", "ref_logp", "weight", "clipped")
+SUMS = ("responses", "losses", "loss", "paired", "tokens", "logp", "ref_logp", "weight", "clipped")
 
 
-class BNFTrainer(Trainer):
+class BNFTrainer(EnduringTrainer):
     """Minimises the mean of `objective` over the responses (pairs) of each optimizer step, whatever the micro-batches.
 
     Args:
-      objective: (log_odds, TokenBatch) -> loss per response, or per pair for those of `bnf_core.PAIRWISE`.
+      objective: (log_odds, TokenBatch) -> loss per response, or per pair.
+      pairwise: whether it has one loss per pair; None: as `bnf_core.PAIRWISE` says.
+      starts_at_reference: the policy is the reference before the first step, so that w = 1: checked on the first batch.
       Everything else: as transformers.Trainer. Data sets hold `bnf_train.data.Row`s, the model has the log-odds head.
     """
 
-    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        pairwise: bool | None = None,
+        starts_at_reference: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
         self.objective = objective
-        self.pairwise = objective in PAIRWISE.values()
+        self.pairwise = objective in PAIRWISE.values() if pairwise is None else pairwise
+        self.starts_at_reference = starts_at_reference
         # compute_loss divides by the responses of the whole step; the second line says so to older transformers (5.17)
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self._weights: dict[str, list[Tensor]] = defaultdict(list)
+        self._sums_since_log: list[Tensor] = []
+        self._labels_since_log: list[Tensor] = []
+        self._ratios: dict[str, list[Tensor]] = defaultdict(list)
+        self._tokens_since_log, self._logged_at = 0, time.perf_counter()
+        self._noise_at_start: float | None = None
         if self.pop_callback(ProgressCallback) is not None:  # not with --disable_tqdm
             self.add_callback(_ProgressBar)
+        if self.train_dataset is not None and self.accelerator.num_processes > 1:
+            # accelerate would fill up the last batches with rows from the beginning, which would count twice
+            missing = -len(self.train_dataset) % (self.args.per_device_train_batch_size * self.accelerator.num_processes)
+            self.train_dataset = [*self.train_dataset, *[Row("", [])] * missing]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Losses in the whole optimizer step, one per response or pair: every micro-batch, every process."""
@@ -52,26 +81,58 @@ class BNFTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        log_odds, entropy = model(**model_inputs(inputs))
+        count = num_items_in_batch if num_items_in_batch is not None else self._losses_in(inputs)
+        # gradients are averaged over processes, and the mean is over the losses of all of them
+        scale = (self.accelerator.num_processes if model.training else 1) / count
         batch = TokenBatch(
-            inputs["response"],
-            inputs["preferred"],
-            pair=_pairs(inputs["row"]),
-            ref_log_odds=inputs["ref_log_odds"],
-            entropy=entropy,
+            inputs["response"], inputs["preferred"], pair=_pairs(inputs["row"]), ref_log_odds=inputs["ref_log_odds"]
         )
-        losses = self.objective(log_odds, batch)
+        if self.objective is bnf:
+            per_response = scale * batch.sign / batch.lengths
+            loss, log_odds, entropy = model(
+                **model_inputs(inputs), ref_log_odds=batch.ref_log_odds, coefficient=per_response[batch.response]
+            )
+            with torch.no_grad():
+                losses = bnf(log_odds, replace(batch, entropy=entropy))
+        else:
+            log_odds, entropy = model(**model_inputs(inputs))
+            losses = self.objective(log_odds, replace(batch, entropy=entropy))
+            loss = losses.sum() * scale
         sums = self._sums(log_odds.detach(), batch, losses.detach())
         if model.training:
-            self._record_weights(sums, inputs["preferred"])
-        count = len(losses) if num_items_in_batch is None else num_items_in_batch
-        # gradients are averaged over processes, and the mean is over the losses of all of them
-        loss = losses.sum() / count * (self.accelerator.num_processes if model.training else 1)
+            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._record(log_odds.detach(), batch, sums, int(tokens))
         return (loss, sums) if return_outputs else loss
 
-    def _record_weights(self, sums: Tensor, preferred: Tensor) -> None:
-        for name, rows in zip(LABELS, (preferred, ~preferred), strict=True):
-            self._weights[name].append(sums[rows][:, [SUMS.index(k) for k in ("tokens", "weight", "clipped")]].sum(0))
+    def _losses_in(self, inputs: Mapping[str, Tensor]) -> int:
+        return len(inputs["preferred"]) // 2 if self.pairwise else len(inputs["preferred"])
+
+    @torch.no_grad()
+    def _record(self, log_odds: Tensor, batch: TokenBatch, sums: Tensor, tokens: int) -> None:
+        """What the next log reports; before the first step, whether policy and reference are one."""
+        assert batch.ref_log_odds is not None
+        if self.starts_at_reference:
+            self.starts_at_reference = False
+            self._check_start(log_odds, batch.ref_log_odds)
+        self._sums_since_log.append(sums)
+        self._labels_since_log.append(batch.preferred)
+        self._tokens_since_log += tokens
+        ratio = F.logsigmoid(log_odds) - F.logsigmoid(batch.ref_log_odds)
+        preferred = batch.preferred[batch.response]
+        self._ratios["preferred"].append(ratio[preferred])
+        self._ratios["dispreferred"].append(ratio[~preferred])
+
+    def _check_start(self, log_odds: Tensor, ref_log_odds: Tensor) -> None:
+        """On the first micro-batch of each process, with dropout as in training."""
+        noise = (bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) - 1).abs().mean()
+        mean = self.accelerator.reduce(noise, "mean").item()
+        self._noise_at_start = mean
+        if not mean <= MOST_NOISE:
+            raise UsageError(
+                f"before the first step the mean |w - 1| is {mean:.2g}, more than the {MOST_NOISE:g} that noise explains: "
+                "policy and reference are not the same model in the same mode; look for dropout in the model's configuration, "
+                "a reference cache of other weights, or another attention implementation or dtype."
+            )
 
     def _sums(self, log_odds: Tensor, batch: TokenBatch, losses: Tensor) -> Tensor:
         """(responses, SUMS): what evaluation and logging report, summed over each response's tokens."""
@@ -86,21 +147,63 @@ class BNFTrainer(Trainer):
         rows = batch.pairs()[0] if self.pairwise else torch.arange(len(losses), device=losses.device)
         columns = {k: batch.sum(v) for k, v in per_token.items()}
         zeros = losses.new_zeros(batch.responses)
+        assert batch.pair is not None
         columns["responses"] = zeros + 1
+        columns["paired"] = (batch.pair >= 0).to(zeros.dtype)
         columns["losses"] = zeros.index_fill(0, rows, 1)  # a pair's loss stands with its preferred side
         columns["loss"] = zeros.index_copy(0, rows, losses)
         return torch.stack([columns[name] for name in SUMS], dim=1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds bnf/weight_mean and bnf/weight_clipped per label: means over the tokens since the last log."""
-        if "loss" in logs:
-            for name, sums in self._weights.items():
-                tokens, weight, clipped = self.accelerator.reduce(torch.stack(sums).sum(0), "sum").tolist()
-                if tokens:
-                    logs[f"bnf/weight_mean/{name}"] = weight / tokens
-                    logs[f"bnf/weight_clipped/{name}"] = clipped / tokens
-            self._weights.clear()
+        """Adds what happened since the last log, over all processes: see `_training_metrics`."""
+        if "loss" in logs and self._sums_since_log:
+            logs |= self._training_metrics()
         super().log(logs, *args, **kwargs)
+
+    def _training_metrics(self) -> dict[str, float]:
+        """Per label means over tokens (bnf/*) and over responses (rewards/*, logps/*), quantiles, tokens per second.
+
+        rewards are log pi - log pi_ref of a response, times beta where the objective has one. Quantiles of
+        pi / pi_ref over tokens are means over processes.
+        """
+        sums, preferred = torch.cat(self._sums_since_log), torch.cat(self._labels_since_log)
+        beta = float(getattr(self.objective, "keywords", {}).get("beta", 1))
+        table = torch.stack([sums[preferred].sum(0), sums[~preferred].sum(0)])
+        quantiles = torch.stack([_quantiles(torch.cat(self._ratios[label])) for label in LABELS])
+        margins = self._margins(sums, preferred)
+        now = time.perf_counter()
+        speed = torch.tensor([self._tokens_since_log / (now - self._logged_at)], device=sums.device)
+        table, speed, margins = (self.accelerator.reduce(x, "sum") for x in (table, speed, margins))
+        known = self.accelerator.reduce(quantiles.isfinite().to(sums.dtype), "sum")
+        quantiles = self.accelerator.reduce(quantiles.nan_to_num(0), "sum") / known
+        metrics = {"tokens_per_second": speed.item()}
+        for label, values, ratios in zip(LABELS, table, quantiles, strict=True):
+            total = dict(zip(SUMS, values, strict=True))
+            if total["responses"]:
+                metrics |= {
+                    f"bnf/weight_mean/{label}": _ratio(total["weight"], total["tokens"]),
+                    f"bnf/weight_clipped/{label}": _ratio(total["clipped"], total["tokens"]),
+                    f"rewards/{SIDES[label]}": beta * _ratio(total["logp"] - total["ref_logp"], total["responses"]),
+                    f"logps/{SIDES[label]}": _ratio(total["logp"], total["responses"]),
+                }
+                metrics |= {f"bnf/ratio_q{round(100 * q)}/{label}": r.item() for q, r in zip(QUANTILES, ratios, strict=True)}
+        pairs, margin, right = margins.tolist()
+        if pairs:
+            metrics |= {"rewards/margins": beta * margin / pairs, "rewards/accuracies": right / pairs}
+        if self._noise_at_start is not None:
+            metrics["bnf/start_weight_error"] = self._noise_at_start
+        self._noise_at_start = None
+        self._sums_since_log, self._labels_since_log, self._ratios = [], [], defaultdict(list)
+        self._tokens_since_log, self._logged_at = 0, now
+        return metrics
+
+    def _margins(self, sums: Tensor, preferred: Tensor) -> Tensor:
+        """(pairs, sum of reward margins, pairs with a positive one); the sides of a pair stand one behind the other."""
+        shift = sums[:, SUMS.index("logp")] - sums[:, SUMS.index("ref_logp")]
+        paired = sums[:, SUMS.index("paired")] > 0
+        chosen, rejected = shift[paired & preferred], shift[paired & ~preferred]
+        margin = chosen - rejected
+        return torch.stack([margin.new_tensor(len(margin)), margin.sum(), (margin > 0).to(margin.dtype).sum()])
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -139,6 +242,13 @@ def _pairs(row: Tensor) -> Tensor:
     return torch.where(row.bincount()[row] == 2, row, -1)
 
 
+def _quantiles(log_ratios: Tensor) -> Tensor:
+    """Of pi / pi_ref over tokens; NaN where there are none. Of at most 2^20 tokens, evenly spread: torch takes no more."""
+    some = log_ratios[:: -(-len(log_ratios) // 2**20) or 1]
+    wanted = torch.tensor(QUANTILES, dtype=log_ratios.dtype, device=log_ratios.device)
+    return some.quantile(wanted).exp() if len(some) else torch.full_like(wanted, torch.nan)
+
+
 def _ratio(numerator: Tensor, denominator: Tensor) -> float:
     return (numerator / denominator).item()
 
@@ -148,4 +258,5 @@ class _ProgressBar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+            speed = f"{logs.get('tokens_per_second', 0):.0f}"
+            self.training_bar.set_postfix({"loss": f"{float(logs['loss']):.4f}", "tokens/s": speed})

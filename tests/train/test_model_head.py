@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bnf_core import reference, token_log_odds
 from bnf_train.errors import UsageError
-from bnf_train.model_head import attach_log_odds_head
+from bnf_train.model_head import attach_log_odds_head, can_pack
 
 SIZES = {
     "vocab_size": 37,
@@ -119,3 +119,45 @@ def test_head_and_objective_are_the_papers_loss() -> None:
     ref_log_odds, _ = ref(**inputs)
     tokens = TokenBatch(batch["response"], batch["preferred"], ref_log_odds=ref_log_odds.detach(), entropy=entropy)
     torch.testing.assert_close(bnf(log_odds, tokens).mean(), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.compiler.set_stance("force_eager")  # flex_attention uncompiled: minutes of a C++ compiler
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "phi"])
+def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
+    """For every attention implementation on a CPU; responses of very different lengths, in both orders."""
+    from bnf_train.collate import Collator, model_inputs
+    from bnf_train.data import Response, Row
+
+    model = tiny(name)
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError as error:
+        pytest.skip(f"transformers: {str(error).splitlines()[0][:100]}")
+    attach_log_odds_head(model)
+    assert can_pack(model)
+    lengths = ((3, 9), (2, 30), (5, 6), (1, 12))
+    rows = [Row("p", [Response(torch.randint(37, (n,)).tolist(), k, True)]) for k, n in lengths]
+    for ordered in (rows, rows[::-1]):
+        padded, packed = Collator(1)(ordered), Collator(1, packed=True)(ordered)
+        assert "position_ids" in packed
+        assert "attention_mask" in padded
+        with torch.no_grad():
+            expected, _ = model(**model_inputs(padded))
+            log_odds, _ = model(**model_inputs(packed))
+        torch.testing.assert_close(log_odds, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_packed_responses_see_each_other_is_found_out() -> None:
+    model = tiny("llama")
+    attach_log_odds_head(model)
+    original = model.model.forward
+
+    def with_mask(**kwargs: Any) -> Any:  # a mask of ones keeps transformers from looking at the positions
+        ones = torch.ones_like(kwargs["input_ids"])
+        return original(**kwargs | {"attention_mask": ones})
+
+    model.model.forward = with_mask
+    assert not can_pack(model)
+    model.model.forward = lambda *, position_ids=None, **kwargs: original(**kwargs)
+    assert not can_pack(model)
