@@ -1,0 +1,60 @@
+"""What FSDP2 and DeepSpeed ZeRO-3 need so that a sharded run computes what one process would.
+
+The head's weight needs nothing here: it is used inside the head's own forward, where both have gathered it.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+def keep_float32(accelerator: Accelerator) -> None:
+    """bf16 means autocast over float32 weights, sharded or not; call it before `accelerator.prepare`.
+
+    Accelerate's own choice under FSDP2 and bf16 rounds what goes into and comes out of the model (log-odds to 3 digits)
+    and adds gradients up in bf16; DeepSpeed's rounds the weights. Here both gather float32 and leave bf16 to autocast,
+    so that the policy starts as exactly the reference (w = 1).
+    """
+    if accelerator.mixed_precision != "bf16":
+        return
+    fsdp, deepspeed = (getattr(accelerator.state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
+    if fsdp is not None and fsdp.fsdp_version == 2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        fsdp.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if deepspeed is not None:
+        deepspeed.deepspeed_config["bf16"] = {"enabled": False}
+        deepspeed.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """bf16 autocast for FSDP2, where Accelerate leaves it out: elsewhere it wraps the model's forward in it itself."""
+    if not accelerator.is_fsdp2 or accelerator.mixed_precision != "bf16":
+        return nullcontext()
+    # no cache: bf16 copies of layers would outlive the layers' own weights, which FSDP2 frees
+    return torch.autocast(accelerator.device.type, torch.bfloat16, cache_enabled=False)
+
+
+def without_tied(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gathered state dict without the second name of a weight with two, which one process does not save either."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The whole weights in every process, also where ZeRO-3 split them while they were loaded (nothing is written back).
+
+    For forward passes before `accelerator.prepare`, which installs the hooks that gather layer by layer.
+    """
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+        yield
