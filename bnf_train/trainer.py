@@ -8,6 +8,7 @@ BNF itself goes through the head in one pass (`linear_bnf_loss`): a token's coef
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import EvalPrediction, ProgressCallback
 
 from bnf_core import PAIRWISE, Objective, TokenBatch, bnf, bnf_weight
 from bnf_train.callbacks import EnduringTrainer
+from bnf_train import scale_out
 from bnf_train.collate import model_inputs
 from bnf_train.data import Row
 from bnf_train.errors import UsageError
+from bnf_train.weights_moved import WeightsMoved
 
 LABELS = ("preferred", "dispreferred")
 SIDES = {"preferred": "chosen", "dispreferred": "rejected"}  # what metrics of other trainers call them
@@ -50,8 +53,11 @@ class BNFTrainer(EnduringTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
+        scale_out.keep_float32(self.accelerator)
+        self.add_callback(WeightsMoved(self.log))
         self.objective = objective
         self.pairwise = objective in PAIRWISE.values() if pairwise is None else pairwise
+        self.one_pass = getattr(objective, "func", objective) is bnf
         self.starts_at_reference = starts_at_reference
         # compute_loss divides by the responses of the whole step; the second line says so to older transformers (5.17)
         self.loss_is_scaled_for_ga = True
@@ -87,13 +93,13 @@ class BNFTrainer(EnduringTrainer):
         batch = TokenBatch(
             inputs["response"], inputs["preferred"], pair=_pairs(inputs["row"]), ref_log_odds=inputs["ref_log_odds"]
         )
-        if self.objective is bnf:
+        if self.one_pass:
             per_response = scale * batch.sign / batch.lengths
             loss, log_odds, entropy = model(
                 **model_inputs(inputs), ref_log_odds=batch.ref_log_odds, coefficient=per_response[batch.response]
             )
             with torch.no_grad():
-                losses = bnf(log_odds, replace(batch, entropy=entropy))
+                losses = self.objective(log_odds, replace(batch, entropy=entropy))
         else:
             log_odds, entropy = model(**model_inputs(inputs))
             losses = self.objective(log_odds, replace(batch, entropy=entropy))
@@ -124,8 +130,9 @@ class BNFTrainer(EnduringTrainer):
 
     def _check_start(self, log_odds: Tensor, ref_log_odds: Tensor) -> None:
         """On the first micro-batch of each process, with dropout as in training."""
-        noise = (bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) - 1).abs().mean()
-        mean = self.accelerator.reduce(noise, "mean").item()
+        noise = (bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) - 1).abs()
+        total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
+        mean = total / max(tokens, 1)
         self._noise_at_start = mean
         if not mean <= MOST_NOISE:
             raise UsageError(
@@ -153,6 +160,12 @@ class BNFTrainer(EnduringTrainer):
         columns["losses"] = zeros.index_fill(0, rows, 1)  # a pair's loss stands with its preferred side
         columns["loss"] = zeros.index_copy(0, rows, losses)
         return torch.stack([columns[name] for name in SUMS], dim=1)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        return scale_out.autocast(self.accelerator)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict and scale_out.without_tied(self.model, state_dict))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what happened since the last log, over all processes: see `_training_metrics`."""

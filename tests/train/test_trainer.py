@@ -12,11 +12,11 @@ import torch
 from conftest import PAIRS, SINGLES  # type: ignore[import-not-found]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bnf_core import OBJECTIVES
+from bnf_core import OBJECTIVES, bnf
 from bnf_train.__main__ import main
 from bnf_train.collate import Collator
 from bnf_train.config import parse
-from bnf_train.data import tokenize
+from bnf_train.data import Row, tokenize
 from bnf_train.load import load_model, load_tokenizer
 from bnf_train.model_head import attach_log_odds_head
 from bnf_train.reference_cache import add_ref_log_odds
@@ -26,7 +26,14 @@ WriteRows = Callable[..., Path]
 
 
 def one_step(
-    folder: Path, rows: list[dict[str, Any]], per_device: int, accumulate: int, objective: str = "bnf"
+    folder: Path,
+    rows: list[dict[str, Any]],
+    per_device: int,
+    accumulate: int,
+    objective: str = "bnf",
+    *,
+    packed: bool = False,
+    with_empty_rows: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
     flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
@@ -45,6 +52,9 @@ def one_step(
     for row in data:  # a reference that is not the policy, so that w is not 1
         for response in row.responses:
             response.ref_log_odds += 0.5  # type: ignore[operator]
+    if with_empty_rows:  # as where another process has one row more
+        data = [row for pair in zip(data, [Row("", [])] * len(data), strict=True) for row in pair]
+    collator.packed = packed
     trainer = BNFTrainer(
         model=model,
         args=config,
@@ -72,6 +82,41 @@ def test_the_step_does_not_depend_on_its_micro_batches(model_folder: Path, rows:
             torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate}: {key}")
 
 
+def test_the_step_does_not_depend_on_packing_or_empty_micro_batches(model_folder: Path) -> None:
+    """Packed and padded; micro-batches without a preferred response, and without any response at all."""
+    rows = sorted(SINGLES[:8], key=lambda row: row["label"])  # the first micro-batches have dispreferred responses only
+    whole = one_step(model_folder, rows, 8, 1)
+    for per_device, accumulate, options in (
+        (8, 1, {"packed": True}),
+        (2, 4, {"packed": True}),
+        (16, 1, {"with_empty_rows": True}),
+        (1, 16, {"with_empty_rows": True, "packed": True}),
+    ):
+        for key, value in one_step(model_folder, rows, per_device, accumulate, **options).items():
+            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate} {options}: {key}")
+
+
+def test_bnf_in_one_pass_is_bnf_from_log_odds(model_folder: Path) -> None:
+    whole = one_step(model_folder, PAIRS, 4, 2)
+    OBJECTIVES["bnf_again"] = lambda log_odds, batch: bnf(log_odds, batch)  # not recognised: log-odds, then the loss
+    try:
+        for key, value in one_step(model_folder, PAIRS, 4, 2, "bnf_again").items():
+            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5)
+    finally:
+        del OBJECTIVES["bnf_again"]
+
+
+def test_a_policy_that_does_not_start_at_its_reference_is_refused(
+    model_folder: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dropout makes the training pass another model than the reference pass."""
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    data = ["--model", str(model_folder), "--dataset", str(write_rows(PAIRS)), "--output_dir", str(tmp_path / "out")]
+    assert main([*data, "--batch_size", "2", "--max_length", "100"]) == 2
+    assert "before the first step the mean |w - 1| is 0." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rows", [PAIRS, SINGLES], ids=["pairs", "singles"])
 def test_a_run_leaves_a_model_that_plain_transformers_loads(
     rows: list[dict[str, Any]], model_folder: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -90,6 +135,12 @@ def test_a_run_leaves_a_model_that_plain_transformers_loads(
     losses = [log["loss"] for log in metrics["log"] if "loss" in log]
     assert len(losses) == metrics["log"][-1]["step"] > 2
     first = metrics["log"][0]
+    assert first["bnf/start_weight_error"] < 1e-4
+    assert first["tokens_per_second"] > 0
+    assert first["logps/chosen"] < 0
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-3)
+    assert ("rewards/accuracies" in first) == (rows is PAIRS)
+    assert metrics["log"][2]["bnf/ratio_q10/preferred"] < metrics["log"][2]["bnf/ratio_q90/preferred"]
     for label in ("preferred", "dispreferred"):  # policy = reference at the first step
         assert first[f"bnf/weight_mean/{label}"] == pytest.approx(1, abs=1e-4)
         assert metrics["held_out"][f"eval_bnf/weight_mean/{label}"] < 1
