@@ -258,12 +258,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="writes OUTPUT.json and OUTPUT.png")
     options = parser.parse_args(arguments)
     rows = []
-    for shape in options.shape or (GPU_SHAPES if options.device == "cuda" else CPU_SHAPES):
-        for name in options.dtype or (["bfloat16"] if options.device == "cuda" else ["float32", "bfloat16"]):
-            rows += measure(shape, name, options.device, options.repeats, options.only)
     processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads")
-    print(table(rows))
+    for shape in options.shape or (GPU_SHAPES if options.device == "cuda" else CPU_SHAPES):
+        for name in options.dtype or (["bfloat16"] if options.device == "cuda" else ["float32", "bfloat16"]):
+            measured = measure(shape, name, options.device, options.repeats, options.only)
+            print(table(measured), flush=True)
+            rows += measured
     options.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
     try:
         plot(rows, options.output.with_suffix(".png"))
