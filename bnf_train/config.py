@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import huggingface_hub
 import torch
 import yaml
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from bnf_train import demo, objectives
+from bnf_train.checkpoint import resumes
 from bnf_train.errors import UsageError
+from bnf_train.read import WHY_NOT_STREAMED
 
 # Section 4 of the paper: the preference set and the learning rate of each base model. What all three share
 # (batch of 128 rows, 4096 tokens, AdamW, cosine with 10 % warm-up, one epoch) are BNFConfig's defaults.
@@ -66,8 +69,9 @@ class BNFConfig(TrainingArguments):
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Preference data: a .jsonl, .json, .parquet or .csv file, or the name of a hub dataset. Rows are "
-            "(prompt, chosen, rejected) or (prompt, completion, label), plain text or chat messages."
+            "help": "Preference data: a .jsonl, .json, .parquet or .csv file, a folder that the datasets library saved, or a "
+            "hub dataset's name or name:configuration. Rows are (prompt, chosen, rejected) or (prompt, completion, label), "
+            "plain text or chat messages; the prompt may stand in the messages of chosen and rejected instead."
         },
     )
     eval_dataset: str | None = field(
@@ -82,6 +86,38 @@ class BNFConfig(TrainingArguments):
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt and response together, in tokens."})
+    too_long: str = field(
+        default="cut",
+        metadata={
+            "help": "Rows longer than --max_length: cut the response's end (and drop rows whose prompt leaves no room), "
+            "drop them, or stop.",
+            "choices": ["cut", "drop", "error"],
+        },
+    )
+    empty: str = field(
+        default="error", metadata={"help": "Rows with an empty response: drop them, or stop.", "choices": ["drop", "error"]}
+    )
+    no_boundary: str = field(
+        default="drop",
+        metadata={
+            "help": "Rows whose prompt is no prefix of prompt and response, so that the response has no certain beginning: "
+            "drop them, or stop.",
+            "choices": ["drop", "error"],
+        },
+    )
+    duplicates: str = field(
+        default="keep",
+        metadata={"help": "Exact duplicates of a row before: keep, drop, or stop.", "choices": ["keep", "drop", "error"]},
+    )
+    pairing_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of training pairs that stay whole; of the others one side, drawn at random, is removed "
+            "(table 6 of the paper)."
+        },
+    )
+    show_examples: int = field(default=2, metadata={"help": "Training rows printed at the start, with what the loss sees."})
+    streaming: bool = field(default=False, metadata={"help": "Refused: all rows must be at hand before training."})
     objective: str = field(
         default="bnf",
         metadata={
@@ -100,6 +136,19 @@ class BNFConfig(TrainingArguments):
     packing: bool = field(
         default=True,
         metadata={"help": "Responses of a batch stand one behind the other, without padding and without seeing each other."},
+    )
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Another reference, as --model. Default: --model as it is before training."}
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the reference's log-odds for the next run on the same weights and rows, 4 bytes a "
+            "response token. Default: bnf_train in the cache folder of Hugging Face (HF_HOME)."
+        },
+    )
+    no_reference_cache: bool = field(
+        default=False, metadata={"help": "Compute the reference's log-odds anew and keep nothing."}
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the frozen base is the reference."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
@@ -163,6 +212,12 @@ class BNFConfig(TrainingArguments):
             raise UsageError(f"--lora_r: expected a rank of at least 1, got {self.lora_r}.")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"--lora_dropout: expected a share from 0 to below 1, got {self.lora_dropout}.")
+        if self.streaming:
+            raise UsageError(f"--streaming: not possible, because {WHY_NOT_STREAMED}; leave it out: rows are read from disk.")
+        if not 0 <= self.pairing_ratio <= 1:
+            raise UsageError(f"--pairing_ratio: expected a share from 0 to 1, got {self.pairing_ratio}.")
+        if self.show_examples < 0:
+            raise UsageError(f"--show_examples: expected a number of rows, or 0, got {self.show_examples}.")
         if self.eval_size < 0:
             raise UsageError(f"--eval_size: expected a share below 1, a number of rows, or 0, got {self.eval_size}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "batch_size"):
@@ -177,6 +232,10 @@ class BNFConfig(TrainingArguments):
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu: bool = self.use_cpu or not accelerated
         self.bf16 = _bf16_in_hardware(self.use_cpu) and not self.fp16 if self.bf16 is None else self.bf16
+        cache = self.reference_cache or Path(huggingface_hub.constants.HF_HOME) / "bnf_train"
+        self.reference_cache = str(Path(cache).expanduser())
+        if self.output_dir is None and resumes(self.resume_from_checkpoint):
+            raise UsageError("--resume_from_checkpoint: pass the --output_dir of the run to go on with, too.")
         if self.output_dir is None:
             self.output_dir = str(_new_folder(Path("runs") / f"{_short_name(self.model)}-{self.objective.rpartition(':')[2]}"))
         accumulate = self.gradient_accumulation_steps
@@ -318,7 +377,8 @@ def _parser(objective: str) -> _Parser:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"--config {path}: {(error.strerror or str(error)).lower()}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -328,6 +388,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise UsageError(f"{where}: expected YAML, got {reason}.") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected keys and values, such as `objective: bnf`, got {type(values).__name__}.")
+    seen = set()
+    for key, _ in tree.value:
+        if (name := str(key.value).replace("-", "_")) in seen:  # YAML takes the last one without a word
+            raise UsageError(f"{path}, line {key.start_mark.line + 1}: the key {name} stands there a second time.")
+        seen.add(name)
     return values
 
 

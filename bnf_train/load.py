@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,7 +20,7 @@ T = TypeVar("T")
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name; padding falls back to the end-of-sequence token."""
     tokenizer: PreTrainedTokenizerBase = _from_model(
-        name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), "its tokenizer could"
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from positions, so which token pads does not matter
@@ -32,7 +33,9 @@ def context_length(name: str, trust_remote_code: bool = False) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(name: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    name: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, quantization: Any = None
+) -> PreTrainedModel:
     """A causal language model with float32 weights, from safetensors only.
 
     Whatever dtype they are stored in, weights are held in float32 unless asked otherwise: at the paper's learning rates a
@@ -46,15 +49,26 @@ def load_model(name: str, trust_remote_code: bool = False, dtype: torch.dtype = 
     model, info = _from_model(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantization,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below
         ),
     )
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        raise UsageError(
+            f"--model {name}: config.json and weights do not belong together: {key} has the shape {tuple(stored)} "
+            f"in the weights and {tuple(expected)} by config.json."
+        )
     if missing := sorted(info["missing_keys"]):
         raise UsageError(
-            f"--model {name}: its weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} first; "
-            "they would be random numbers."
+            f"--model {name}: its weights lack {len(missing)} of the tensors of {type(model).__name__}, {missing[0]} "
+            "among them; they would be random numbers."
         )
-    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for key, tensor in model.named_parameters():
         # the sum is finite where all is: one pass, no memory; quantised weights are integers
         if not tensor.is_meta and tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UsageError(f"--model {name}: the tensor {key} holds NaN or infinity; the weights are damaged.")
@@ -62,14 +76,17 @@ def load_model(name: str, trust_remote_code: bool = False, dtype: torch.dtype = 
 
 
 def load_hub_dataset(name: str) -> Any:
-    """All splits of a hub dataset."""
-    if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~")):
-        raise UsageError(f"--dataset {name}: expected a .jsonl, .json, .parquet or .csv file, or a hub dataset's name.")
+    """All splits of a hub dataset, given as name or name:configuration."""
+    if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~", "/")):
+        raise UsageError(
+            f"--dataset {name}: no such file; expected a .jsonl, .json, .parquet or .csv file, or a hub dataset's name."
+        )
     _offline_if_unreachable()
     import datasets  # slow to import, and not needed for local JSON
 
+    repository, _, configuration = name.partition(":")
     try:
-        return datasets.load_dataset(name)
+        return datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # the library raises a dozen unrelated types here
         raise UsageError(
             f"{name}: the dataset could not be fetched from the Hugging Face hub ({_reason(error)}); "
@@ -77,17 +94,7 @@ def load_hub_dataset(name: str) -> Any:
         ) from error
 
 
-def load_file(format: str, path: Path) -> Any:
-    """Rows of a local file that `datasets` reads (parquet, csv)."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(format, data_files=str(path), split="train")
-    except Exception as error:
-        raise UsageError(f"{path}: could not be read as {format} ({_reason(error)}).") from error
-
-
-def _from_model(name: str, load: Callable[[], T]) -> T:
+def _from_model(name: str, load: Callable[[], T], could: str = "could") -> T:
     local = Path(name).exists()
     if local and not (Path(name) / "config.json").is_file():
         raise UsageError(f"--model {name}: expected a model folder with a config.json, found none.")
@@ -104,17 +111,31 @@ def _from_model(name: str, load: Callable[[], T]) -> T:
             raise UsageError(
                 f"--model {name}: it comes with Python code of its own; read it, and pass --trust_remote_code to run it."
             ) from error
+        if local and (damaged := _damaged_weights(Path(name))):
+            raise UsageError(
+                f"--model {name}: {damaged.name} is damaged or incomplete ({_sentence(error)}); copy or download it again."
+            ) from error
         if local and _only_pickled(Path(name)):
             raise UsageError(
                 f"--model {name}: expected weights in .safetensors files, found pickled ones only, which are not opened "
                 "because they can run code; convert them once with save_pretrained of transformers, where you trust them."
             ) from error
         if local:
-            raise UsageError(f"--model {name}: could not be loaded ({_sentence(error)}).") from error
+            raise UsageError(f"--model {name}: {could} not be loaded ({_sentence(error)}).") from error
         raise UsageError(
             f"{name}: the model could not be fetched from the Hugging Face hub ({_reason(error)}); "
             "pass --model with a local model folder (and --dataset with a local .jsonl file) instead."
         ) from error
+
+
+def _damaged_weights(folder: Path) -> Path | None:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path
+    return None
 
 
 def _only_pickled(folder: Path) -> bool:

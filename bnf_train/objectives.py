@@ -87,6 +87,10 @@ def hyperparameters(function: Objective) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
+def defaults(name: str) -> dict[str, Any]:
+    return {k: p.default for k, p in hyperparameters(find(name)).items() if p.default is not p.empty}
+
+
 def flags(chosen: Objective) -> dict[str, dict[str, Any]]:
     """argparse's options for each hyper-parameter of bnf_core's objectives, and of `chosen`."""
     defaults: dict[str, dict[str, Any]] = {}

@@ -1,9 +1,11 @@
 """Flags, presets and defaults: which wins, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from bnf_train.config import PRESETS, parse
+from bnf_train.config import FOR_BF16_WEIGHTS, PRESETS, parse
 from bnf_train.errors import UsageError
 
 DATA = ["--model", "some/model", "--dataset", "x.jsonl", "--output_dir", "unused"]
@@ -74,6 +76,10 @@ def test_batch_size_counts_rows_of_the_whole_step(flags: list[str], per_step: in
         ([*DATA, "--batch_size", "10", "--per_device_train_batch_size", "4"], "--batch_size 10: expected a multiple of the 4"),
         ([*DATA, "--batch_size", "8", "--gradient_accumulation_steps", "3"], "leave one out"),
         ([*DATA, "--fp16", "--bf16"], "At most one of fp16 and bf16"),
+        ([*DATA, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size: expected at least 1, got 0"),
+        ([*DATA, "--gradient_accumulation_steps", "-2"], "--gradient_accumulation_steps: expected at least 1, got -2"),
+        ([*DATA, "--learning_rate", "-1"], "--learning_rate: expected a number that is not negative"),
+        ([*DATA, "--learning_rate", "nan"], "--learning_rate: expected a number, got nan"),
     ],
 )
 def test_contradictions_are_one_sentence(flags: list[str], message: str) -> None:
@@ -85,3 +91,143 @@ def test_contradictions_are_one_sentence(flags: list[str], message: str) -> None
 def test_unknown_flags_and_values_are_named(flags: list[str]) -> None:
     with pytest.raises(UsageError, match=flags[0]):
         parse([*DATA, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], r"--learning_rat: no such flag; the nearest is --learning_rate "),
+        (["--max-lenght=3"], r"--max_lenght: no such flag; the nearest is --max_length "),
+        (["--zzzzzz"], r"--zzzzzz: no such flag \("),
+        (["pairs.jsonl"], r"pairs.jsonl: expected a flag, which begins with --"),
+        (["--max_length"], "--max_length: expected one argument"),
+        (["--max_length", "1.5"], "--max_length: expected int, got '1.5'"),
+        (["--lr-scheduler-type", "cosin"], "--lr_scheduler_type: invalid choice: 'cosin' .*; the nearest is cosine "),
+        (["--optim", "adamw_torch_fuse"], "--optim: .*; the nearest is adamw_torch_fused "),
+        (["--packing", "perhaps"], "--packing: "),
+    ],
+)
+def test_what_was_meant_is_suggested(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse([*DATA, *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_dashes_and_underscores_are_the_same() -> None:
+    one = parse([*DATA, "--per-device-train-batch-size", "2", "--eval-size=3", "--no-packing", "--max_length", "77"])
+    other = parse([*DATA, "--per_device-train_batch-size=2", "--eval_size", "3", "--no_packing", "--max-length=77"])
+    assert one.per_device_train_batch_size == other.per_device_train_batch_size == 2
+    assert (one.eval_size, one.packing, one.max_length) == (other.eval_size, other.packing, other.max_length) == (3, False, 77)
+    assert parse([*DATA, "--run-name", "a-b"]).run_name == "a-b"  # a value keeps its dashes
+
+
+def in_file(folder: Path, text: str) -> list[str]:
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    return ["--config", str(folder / "run.yaml")]
+
+
+def test_a_file_has_the_same_keys_as_the_flags(tmp_path: Path) -> None:
+    text = """
+        model: some/model
+        dataset: x.jsonl
+        output-dir: unused
+        objective: simpo
+        gamma: 1.5
+        learning_rate: 1e-6       # YAML reads this as text
+        max_length: 77
+        packing: false
+        gradient_checkpointing: true
+        save_strategy: no         # and this as false
+        eval_steps:               # and this as nothing
+        eval_size: 0
+        lr_scheduler_type: cosine_with_min_lr
+        lr_scheduler_kwargs: {min_lr: 1.0e-8}
+        include_for_metrics: [loss, inputs]
+        logging_nan_inf_filter: yes
+    """
+    config = parse(in_file(tmp_path, text))
+    flags = ["--objective", "simpo", "--gamma", "1.5", "--learning_rate", "1e-6", "--max_length", "77", "--packing", "false"]
+    flags += ["--gradient_checkpointing", "--save_strategy", "no", "--eval_size", "0"]
+    flags += ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-8}']
+    flags += ["--include_for_metrics", "loss", "inputs"]
+    assert config.to_dict() == parse([*DATA, *flags]).to_dict()
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-8}
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    text = "model: google/gemma-2-9b-it\nlearning_rate: 1.0e-6\nmax_length: 2048\nobjective: dpo\nbeta: 0.3\n"
+    config = parse([*in_file(tmp_path, text), "--max_length", "1024", "--output_dir", "unused"])
+    assert config.dataset == PRESETS["google/gemma-2-9b-it"]["dataset"]
+    assert (config.learning_rate, config.max_length, config.num_train_epochs) == (1e-6, 1024, 1)
+    assert (config.objective, config.hyperparameters) == ("dpo", {"beta": 0.3})
+    file = in_file(tmp_path, text + "gradient_accumulation_steps: 4\n")
+    config = parse([*file, "--batch-size", "32", "--output_dir", "unused"])
+    assert (config.batch_size, config.gradient_accumulation_steps) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "run.yaml: unknown key learning_rat; the nearest is learning_rate "),
+        ("max_length: 5\n? [1, 2]\n: 3", "run.yaml, line 2: expected YAML, got found unhashable key"),
+        ("max_length: long", "run.yaml: --max_length: expected int, got 'long'"),
+        ("max_length: [1, 2]", "run.yaml: --max_length: expected int"),
+        ("objective: dop", "--objective dop: expected one of"),
+        ("objective: dpo\ngamma: 1", "--gamma: --objective dpo has no such hyper-parameter"),
+        ("config: other.yaml", "run.yaml: unknown key config"),
+        ("a: 1\n  b: [", "run.yaml, line 2: expected YAML, got "),
+        ("- max_length", "run.yaml: expected keys and values, such as `objective: bnf`, got list"),
+        ("", "run.yaml: expected keys and values"),
+        ("x: !!python/object/apply:os.system [echo]", "run.yaml, line 1: expected YAML, got could not determine a constructor"),
+        ("max_length: 5\nmax-length: 6", "run.yaml, line 2: the key max_length stands there a second time"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse([*in_file(tmp_path, text), *DATA])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--config .*none.yaml: no such file"):
+        parse([*DATA, "--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(UsageError, match=r"--config .*: is a directory"):
+        parse([*DATA, "--config", str(tmp_path)])
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\xff")
+    with pytest.raises(UsageError, match=r"latin\.yaml: expected YAML"):
+        parse([*DATA, "--config", str(tmp_path / "latin.yaml")])
+
+
+def test_help_lists_every_flag_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for flag in ("--config", "--beta", "--lambda", "--learning_rate", "--objective", "--dtype", "--debug"):
+        assert f"  {flag}" in printed
+    assert "SUPPRESS" not in printed
+
+
+# --- what weights are held in ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+def test_bf16_weights_are_refused_where_updates_are_lost_to_rounding(optim: str) -> None:
+    with pytest.raises(UsageError, match="smaller than the spacing of bf16 numbers; use --optim adamw_torch_8bit"):
+        parse([*DATA, "--dtype", "bfloat16", "--optim", optim])
+    assert parse([*DATA, "--optim", optim]).dtype == "float32"
+
+
+@pytest.mark.parametrize("optim", FOR_BF16_WEIGHTS)
+def test_bf16_weights_need_an_optimizer_that_makes_up_for_rounding(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch, package = FOR_BF16_WEIGHTS[optim]
+    flags = [*DATA, "--dtype", "bfloat16", "--optim", optim]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=f"needs the package {package}, which is not installed"):
+        parse(flags)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == package)
+    config = parse(flags)
+    assert (config.dtype, config.optim_args) == ("bfloat16", f"{switch}=True")
+    assert parse([*flags, "--optim_args", "block_size=64"]).optim_args == f"block_size=64,{switch}=True"
+    with pytest.raises(UsageError, match=f"needs {switch}=True in --optim_args"):
+        parse([*flags, "--optim_args", f"{switch}=False"])
