@@ -1,25 +1,24 @@
-"""Rows of preference data to token ids: read, render with the chat template, tokenise."""
+"""Rows of preference data to token ids, and what is cut or left out on the way."""
 
+import hashlib
 import json
+import os
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from bnf_train.conversations import Message, RowRefused, Sides, to_conversations
 from bnf_train.errors import UsageError
-from bnf_train.load import load_file, load_hub_dataset
+from bnf_train.read import WHY_NOT_STREAMED, RawRow, has_splits, read_rows
+from bnf_train.render import Renderer
 
-Message = dict[str, Any]
-SPLITS = {"train": ("train", "train_prefs"), "test": ("test", "test_prefs", "validation")}
-FILES = {".parquet": "parquet", ".csv": "csv"}
-COLUMNS = ("prompt", "chosen", "rejected", "completion", "label")
-SHAPES = "(prompt, chosen, rejected) or (prompt, completion, label)"
+__all__ = ["Counts", "Response", "Row", "Rules", "has_splits", "mask_pairs", "read_rows", "split_by_prompt", "tokenize"]
 
 
 @dataclass
@@ -42,152 +41,165 @@ class Row:
 
     prompt: str
     responses: list[Response]
+    number: int = 0  # in its source, from 1
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Rules:
+    """What becomes of rows that are not as they should be; flags have the same names and help."""
+
+    too_long: str = "cut"  # cut the response's end (a prompt that leaves it no room drops the row), drop, error
+    empty: str = "error"  # drop, error
+    no_boundary: str = "drop"  # drop, error
+    duplicates: str = "keep"  # keep, drop, error
 
 
-def read_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
-    """Rows of a local file or of a hub dataset's split; [] where a hub dataset has no such split."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json") or (path.exists() and not path.is_dir() and path.suffix not in FILES):
-        return _read_json(path)
-    if path.suffix in FILES:
-        _check_file(path)
-        rows = load_file(FILES[path.suffix], path)
-    else:
-        splits = load_hub_dataset(source)
-        name = next((name for name in SPLITS[split] if name in splits), None)
-        if name is None and split == "train":
-            raise UsageError(
-                f"--dataset {source}: expected a split named {' or '.join(SPLITS[split])}, got {', '.join(splits)}."
-            )
-        rows = splits[name] if name else []
-    return [{k: row[k] for k in row if k in COLUMNS} for row in rows]
+@dataclass
+class Counts:
+    """How many rows there were, and the numbers of those that were not taken as they stand."""
+
+    rows: int = 0
+    cut: list[int] = field(default_factory=list)  # once for each response
+    dropped: list[int] = field(default_factory=list)  # too long
+    empty: list[int] = field(default_factory=list)
+    no_boundary: list[int] = field(default_factory=list)
+    duplicates: list[int] = field(default_factory=list)
+    same_sides: list[int] = field(default_factory=list)
+    rewritten: list[int] = field(default_factory=list)
+
+    def sentences(self, rules: Rules) -> list[str]:
+        """One for each kind that there is, with its flag and row numbers."""
+        explained = {
+            "cut": "responses cut at the end (--too_long cut)",
+            "dropped": "rows dropped as too long (--too_long)",
+            "empty": "rows dropped because a response is empty (--empty drop)",
+            "no_boundary": "rows dropped because their prompt is no prefix of prompt and response (--no_boundary drop)",
+            "duplicates": f"exact duplicates of a row before (--duplicates {rules.duplicates})",
+            "same_sides": "pairs with the same response on both sides, from which there is nothing to learn",
+            "rewritten": "responses whose text the chat template changes",
+        }
+        return [f"{len(at):,} {text}: {_numbers(at)}" for name, text in explained.items() if (at := getattr(self, name))]
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    _check_file(path)
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {error.lineno}: expected a JSON list of rows, got {error.msg}.") from error
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UsageError(f"{path}, line {number}: expected a JSON object, got {error.msg}.") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{path}: expected JSON objects, one a row, with the columns {SHAPES}.")
-    return rows
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file.")
-
-
-# --- rows to conversations -------------------------------------------------------------------------------------------
-
-
-def to_conversations(row: dict[str, Any], where: str) -> tuple[list[Message], list[tuple[Message, bool]]]:
-    """Prompt messages, and each response message with its label (a pair's preferred one first)."""
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        sides = [(row["chosen"], True), (row["rejected"], False)]
-    elif row.get("completion") is not None and row.get("label") is not None:
-        if row["label"] not in (True, False, 0, 1):
-            raise UsageError(f"{where}: label: expected true or false (or 1, 0), got {row['label']!r}.")
-        sides = [(row["completion"], bool(row["label"]))]
-    else:
-        raise UsageError(f"{where}: expected the columns {SHAPES}, got {', '.join(row) or 'none'}.")
-    prompt = _messages(row.get("prompt") or [], "user", f"{where}: prompt")
-    conversations = [(_messages(side, "assistant", f"{where}: response"), label) for side, label in sides]
-    if all(len(messages) > 1 for messages, _ in conversations):  # whole conversations: what they share is the prompt
-        whole = [messages for messages, _ in conversations]
-        shared = next((i for i, turns in enumerate(zip(*whole, strict=False)) if turns.count(turns[0]) < len(turns)), 0)
-        prompt = whole[0][: shared or len(whole[0]) - 1]
-        conversations = [(messages[len(prompt) :], label) for messages, label in conversations]
-    if not prompt:
-        raise UsageError(f"{where}: expected a prompt, got none: add a prompt column, or the messages before the response.")
-    for messages, _ in conversations:
-        if len(messages) != 1 or messages[0].get("role") != "assistant":
-            raise UsageError(
-                f"{where}: expected each response to be one assistant message after a shared prompt, "
-                f"got the roles {[m.get('role') for m in messages]}."
-            )
-        if not str(messages[0].get("content") or "").strip():
-            raise UsageError(f"{where}: expected a response, got an empty one: remove the row.")
-    return prompt, [(messages[0], label) for messages, label in conversations]
-
-
-def _messages(value: Any, role: str, where: str) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        return [{"role": m["role"], "content": m["content"]} for m in value]
-    raise UsageError(f"{where}: expected text or a list of {{role, content}} messages, got {str(value)[:60]!r}.")
+def _numbers(rows: list[int]) -> str:
+    rows = sorted(set(rows))
+    more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:5]))}{more}"
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
+CHUNK = 512  # rows that are tokenised at once
+
 
 def tokenize(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, source: str
-) -> tuple[list[Row], dict[str, int]]:
-    """Rows rendered with the model's chat template, and how many responses were cut or rows dropped at max_length."""
-    if not tokenizer.chat_template:
-        raise UsageError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model.")
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token; set eos_token in it.")
+    rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, max_length: int, source: str, rules: Rules | None = None
+) -> tuple[list[Row], Counts]:
+    """Rows rendered with the model's chat template, and what was cut or left out.
+
+    Raises:
+      UsageError: the tokenizer has no chat template or EOS, a row is not as `rules` ask, or no row is left.
+    """
+    if not isinstance(rows, Sequence):
+        raise UsageError(f"{source}: a stream instead of a table, but {WHY_NOT_STREAMED}; load it without streaming.")
+    renderer, rules, counts = Renderer(tokenizer), rules or Rules(), Counts(len(rows))
     kept: list[Row] = []
-    counts = {"rows": len(rows), "cut": 0, "dropped": 0}
-    for number, raw in enumerate(tqdm(rows, desc=f"tokenising {Path(source).name}", leave=False), 1):
-        where = f"{source}, row {number}"
-        prompt, sides = to_conversations(raw, where)
-        responses = [render(tokenizer, prompt, message, label, where) for message, label in sides]
-        if any(response.prompt_length >= max_length for response in responses):
-            counts["dropped"] += 1
-            continue
-        for response in responses:
-            counts["cut"] += len(response.input_ids) > max_length
-            response.input_ids = response.input_ids[:max_length]
-        kept.append(Row(json.dumps(prompt, sort_keys=True), responses))
+    seen: set[bytes] = set()
+    refused: RowRefused | None = None
+    quiet = True if int(os.environ.get("RANK", 0)) else None  # None: on a terminal only
+    with tqdm(total=len(rows), desc=f"tokenising {Path(source).name}", leave=False, disable=quiet) as progress:
+        for first in range(0, len(rows), CHUNK):
+            chunk = rows[first : first + CHUNK]
+            conversations = list(_conversations(chunk, first, source, rules, counts, seen))
+            rendered = renderer([(prompt, [m for m, _ in sides], f"{source}, row {n}") for prompt, sides, n in conversations])
+            for (prompt, sides, number), parts in zip(conversations, rendered, strict=True):
+                where = f"{source}, row {number}"
+                if any(part.prompt_length is None for part in parts):
+                    refused = refused or RowRefused("no_boundary", f"{where}: {NO_PREFIX}")
+                    _leave_out(rules, counts, number, refused)
+                    continue
+                counts.rewritten += [number for part in parts if part.rewritten]
+                responses = [
+                    Response(part.input_ids, part.prompt_length or 0, label)
+                    for part, (_, label) in zip(parts, sides, strict=True)
+                ]
+                if _fits(responses, max_length, where, number, rules, counts):
+                    kept.append(Row(json.dumps(prompt, sort_keys=True), responses, number))
+            progress.update(len(chunk))
     if not kept:
-        raise UsageError(f"{source}: no row is left: every prompt has --max_length {max_length} tokens or more.")
+        if refused is not None and len(counts.no_boundary) == len(rows):
+            raise UsageError(f"{str(refused)[:-1]} (and so in all {len(rows)} rows).") from refused
+        left_out = "; ".join(counts.sentences(rules)) or "there was none"
+        raise UsageError(f"{source}: no row is left at --max_length {max_length}: {left_out}.")
     return kept, counts
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], message: Message, preferred: bool, where: str
-) -> Response:
-    """Token ids of prompt and response, ending with the end-of-turn token; the boundary is found by token prefix."""
+NO_PREFIX = (
+    "the chat template does not render the prompt as a token prefix of prompt and response, "
+    "so the response has no certain beginning."
+)
 
-    def template(messages: list[Message], **kwargs: Any) -> list[int]:
-        ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs)
-        return ids
 
-    start = template(prompt, add_generation_prompt=True)
-    whole = template([*prompt, message])
-    if whole[: len(start)] != start:
+def _conversations(
+    chunk: Sequence[RawRow], first: int, source: str, rules: Rules, counts: Counts, seen: set[bytes]
+) -> Iterable[tuple[list[Message], Sides, int]]:
+    for number, raw in enumerate(chunk, first + 1):
+        where = f"{source}, row {number}"
+        try:
+            prompt, sides = to_conversations(raw, where)
+        except RowRefused as refused:
+            _leave_out(rules, counts, number, refused)
+            continue
+        key = hashlib.blake2b(json.dumps([prompt, sides]).encode(), digest_size=16).digest()
+        if key in seen:
+            counts.duplicates.append(number)
+            if rules.duplicates == "error":
+                raise UsageError(f"{where}: the same as a row before: remove one, or pass --duplicates keep or drop.")
+            if rules.duplicates == "drop":
+                continue
+        seen.add(key)
+        if len(sides) == 2 and sides[0][0] == sides[1][0]:
+            counts.same_sides.append(number)
+        yield prompt, sides, number
+
+
+def _leave_out(rules: Rules, counts: Counts, number: int, refused: RowRefused) -> None:
+    if getattr(rules, refused.rule) == "error":
+        raise refused
+    getattr(counts, refused.rule).append(number)
+
+
+def _fits(responses: list[Response], max_length: int, where: str, number: int, rules: Rules, counts: Counts) -> bool:
+    """Whether the row stays; its responses are cut where they are too long."""
+    longest = max(responses, key=lambda response: len(response.input_ids))
+    if len(longest.input_ids) <= max_length:
+        return True
+    if rules.too_long == "error":
         raise UsageError(
-            f"{where}: the chat template does not render the prompt as a token prefix of prompt and response, "
-            "so the response has no certain beginning."
+            f"{where}: prompt and response have {longest.prompt_length} + {longest.tokens} tokens, more than "
+            f"--max_length {max_length}: raise it, or pass --too_long cut or drop."
         )
-    end = _end_of_turn(tokenizer, whole, len(start))
-    ids = [*whole, tokenizer.eos_token_id] if end is None else whole[:end]
-    return Response(ids, len(start), preferred)
+    if rules.too_long == "drop" or longest.prompt_length >= max_length:
+        counts.dropped.append(number)
+        return False
+    for response in responses:
+        counts.cut += [number] * (len(response.input_ids) > max_length)
+        response.input_ids = response.input_ids[:max_length]
+    return True
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int) -> int | None:
-    """One past the special token that closes the response; what a template writes after it is white space at most."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-    last = next((i for i in range(len(ids) - 1, start, -1) if ids[i] in special), None)
-    return None if last is None or tokenizer.decode(ids[last + 1 :]).strip() else last + 1
+# --- which rows are trained on ---------------------------------------------------------------------------------------
+
+
+def mask_pairs(rows: list[Row], pairing_ratio: float, seed: int) -> list[Row]:
+    """Rows of which a share `pairing_ratio` of the pairs stays whole; of the others one side, drawn at random, is removed.
+
+    Table 6 of the paper: the removed side is masked, so that the row is a single response.
+    """
+    pairs = [i for i, row in enumerate(rows) if len(row.responses) == 2]
+    draw = random.Random(seed)
+    masked = set(draw.sample(pairs, round((1 - pairing_ratio) * len(pairs))))
+    return [replace(row, responses=[draw.choice(row.responses)]) if i in masked else row for i, row in enumerate(rows)]
 
 
 def split_by_prompt(rows: list[Row], size: float, seed: int) -> tuple[list[Row], list[Row]]:
