@@ -20,7 +20,9 @@ def quantization(config: BNFConfig) -> Any:
     if not config.load_in_4bit:
         return None
     if not config.use_peft:
-        raise UsageError("--load_in_4bit: weights of 4 bits cannot be trained themselves; add --use_peft true, or leave it out.")
+        raise UsageError(
+            "--load_in_4bit: weights of 4 bits cannot be trained themselves; add --use_peft true, or leave it out."
+        )
     if not torch.cuda.is_available():
         raise UsageError("--load_in_4bit: bitsandbytes' kernels need a CUDA GPU and none was found; leave it out.")
     from transformers import BitsAndBytesConfig

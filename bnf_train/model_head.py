@@ -59,7 +59,7 @@ def give_log_odds(head: nn.Module) -> None:
 
 
 def _head_forward(
-    head: nn.Module,
+    head: Any,
     hidden: Tensor,
     response_labels: Tensor | None = None,
     ref_log_odds: Tensor | None = None,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback
 
 from bnf_core import PAIRWISE, Objective, TokenBatch, bnf, bnf_weight
-from bnf_train.callbacks import EnduringTrainer
 from bnf_train import scale_out
+from bnf_train.callbacks import EnduringTrainer
 from bnf_train.collate import model_inputs
 from bnf_train.data import Row
 from bnf_train.errors import UsageError
@@ -54,7 +54,8 @@ class BNFTrainer(EnduringTrainer):
     ) -> None:
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
         scale_out.keep_float32(self.accelerator)
-        self.add_callback(WeightsMoved(self.log))
+        self._weights_moved = WeightsMoved()
+        self.add_callback(self._weights_moved)
         self.objective = objective
         self.pairwise = objective in PAIRWISE.values() if pairwise is None else pairwise
         self.one_pass = getattr(objective, "func", objective) is bnf
@@ -134,7 +135,7 @@ class BNFTrainer(EnduringTrainer):
         total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
         mean = total / max(tokens, 1)
         self._noise_at_start = mean
-        if not mean <= MOST_NOISE:
+        if mean > MOST_NOISE:  # NaN is for the check of the loss, which names the rows
             raise UsageError(
                 f"before the first step the mean |w - 1| is {mean:.2g}, more than the {MOST_NOISE:g} that noise explains: "
                 "policy and reference are not the same model in the same mode; look for dropout in the model's configuration, "
@@ -170,7 +171,7 @@ class BNFTrainer(EnduringTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what happened since the last log, over all processes: see `_training_metrics`."""
         if "loss" in logs and self._sums_since_log:
-            logs |= self._training_metrics()
+            logs |= self._training_metrics() | self._weights_moved.take()
         super().log(logs, *args, **kwargs)
 
     def _training_metrics(self) -> dict[str, float]:

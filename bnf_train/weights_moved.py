@@ -1,7 +1,6 @@
 """Did the optimizer's step survive rounding? Measured once, early in a run, on a sample of the weights."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +12,24 @@ LOST = 0.5  # below this share of moved weights, a warning
 
 
 class WeightsMoved(TrainerCallback):
-    """Logs `bnf/weights_moved`: the share of weights with a gradient that differ after a step, and warns where it is low.
+    """Measures `bnf/weights_moved`: the share of weights with a gradient that differ after a step, and warns where it is low.
 
     AdamW moves a weight by about the learning rate. In bf16 a weight of 0.02 has its neighbours 1.2e-4 away, so at 5e-7
     the step is rounded away; in float32 they are 1.9e-9 away. The step measured is the first one whose learning rate
-    is at least a tenth of its peak: warm-up begins at zero, where nothing can move.
-
-    Args:
-      log: where the number goes, `trainer.log`.
+    is at least a tenth of its peak: warm-up begins at zero, where nothing can move. `take` hands the number to the next
+    log: `trainer.log` from inside a callback would cancel the log that is due at the same step.
     """
 
-    def __init__(self, log: Callable[[dict[str, float]], None]) -> None:
-        self.log = log
+    def __init__(self) -> None:
+        self._result: dict[str, float] = {}
         self._before: list[Tensor] | None = None
         self._has_gradient: list[Tensor | None] = []
         self._done = False
+
+    def take(self) -> dict[str, float]:
+        """{"bnf/weights_moved": share} once, after it was measured; else {}."""
+        result, self._result = self._result, {}
+        return result
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if not self._done and _learning_rate(kwargs["optimizer"]) >= args.learning_rate / 10:
@@ -44,7 +46,7 @@ class WeightsMoved(TrainerCallback):
         share, self._before, self._done = self._share(_trained(model)), None, True
         if share is None:
             return
-        self.log({"bnf/weights_moved": share})
+        self._result = {"bnf/weights_moved": share}
         if share < LOST:
             kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in _trained(model)}))
             logging.getLogger(__name__).warning(

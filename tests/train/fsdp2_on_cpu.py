@@ -1,11 +1,14 @@
-"""`python -m bnf_train` with FSDP2 on CPU processes: python fsdp2_on_cpu.py FLAGS, under torchrun.
+"""`python -m bnf_train` with FSDP2 on CPU processes, once for each line of flags (JSON lists) in the file named.
 
 Accelerate chooses FSDP for GPUs only; everything after that choice (its sharding, PyTorch's collectives over gloo)
-runs on CPUs as it stands, so this makes the choice and starts the program.
+runs on CPUs as it stands, so this makes the choice and starts the program. Under torchrun, with the environment that
+`accelerate launch --config_file fsdp2.yaml` sets.
 """
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
@@ -28,4 +31,8 @@ def _choose_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **
 if __name__ == "__main__":
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
     AcceleratorState.__init__ = _choose_fsdp
-    sys.exit(main())
+    for line in Path(sys.argv[1]).read_text().splitlines():
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        if (status := main(json.loads(line))) != 0:
+            sys.exit(status)

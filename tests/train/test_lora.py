@@ -1,0 +1,143 @@
+"""LoRA: it starts as the reference, trains what it should, and what it saves is the trained model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import PAIRS  # type: ignore[import-not-found]
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bnf_train.__main__ import main
+from bnf_train.config import BNFConfig, parse
+from bnf_train.errors import UsageError
+from bnf_train.load import load_model
+from bnf_train.lora import add_lora, quantization
+from bnf_train.model_head import attach_log_odds_head
+
+IDS = torch.arange(1, 25).view(2, 12)
+POSITIONS = torch.arange(3, 11)
+LABELS = IDS.flatten()[POSITIONS + 1]
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def folder(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=request.param,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def config_of(folder: Path, *flags: str) -> BNFConfig:
+    required = ("--model", str(folder), "--dataset", "unused", "--output_dir", str(folder / "out"))
+    return parse([*required, "--use_peft", "--lora_r", "4", *flags])
+
+
+def with_head(folder: Path) -> Any:
+    model = load_model(str(folder))
+    attach_log_odds_head(model)
+    return model
+
+
+def log_odds_of(model: Any, **more: Tensor) -> Any:
+    return model(input_ids=IDS, response_positions=POSITIONS, response_labels=LABELS, **more)
+
+
+@pytest.mark.parametrize("whole", [(), ("lm_head",), ("embed_tokens",)], ids=lambda x: "-".join(x) or "frozen head")
+def test_at_the_start_it_is_the_reference_and_then_the_head_follows_its_own_weight(
+    folder: Path, whole: tuple[str, ...]
+) -> None:
+    reference = log_odds_of(with_head(folder))[0].detach()
+    flags = ("--lora_modules_to_save", *whole) if whole else ()
+    model = add_lora(with_head(folder), config_of(folder, *flags))
+    torch.testing.assert_close(log_odds_of(model)[0], reference, rtol=1e-6, atol=1e-6)  # w = 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    log_odds, _ = log_odds_of(model)
+    assert (log_odds - reference).abs().max() > 1e-2
+    logits = model(input_ids=IDS).logits.flatten(0, 1)[POSITIONS]
+    others = logits.scatter(1, LABELS.unsqueeze(1), -torch.inf).logsumexp(1)
+    torch.testing.assert_close(log_odds, logits.gather(1, LABELS.unsqueeze(1)).squeeze(1) - others, rtol=1e-4, atol=1e-4)
+    log_odds.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    tied = model.config.tie_word_embeddings
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    head_and_embeddings = 2 * len(whole) if not tied else 1  # tied: one weight, whichever of its names was given
+    assert len(trained) == (0 if not whole else head_and_embeddings if tied else 1), trained
+
+
+def test_a_frozen_head_costs_two_products_and_a_trained_one_three(folder: Path) -> None:
+    def head_products(*flags: str) -> float:
+        model = add_lora(with_head(folder), config_of(folder, *flags))
+        more = {"ref_log_odds": torch.zeros(len(LABELS)), "coefficient": torch.ones(len(LABELS))}
+        with FlopCounterMode(display=False) as counter:
+            log_odds_of(model, **more)[0].backward()
+        with FlopCounterMode(display=False) as backbone:
+            hidden = model.base_model.model.model(input_ids=IDS, use_cache=False).last_hidden_state
+            hidden.sum().backward()
+        product = 2 * len(LABELS) * model.config.vocab_size * model.config.hidden_size
+        return (counter.get_total_flops() - backbone.get_total_flops()) / product
+
+    assert head_products() == pytest.approx(2)
+    assert head_products("--lora_modules_to_save", "lm_head") == pytest.approx(3)
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_modules_to_save", "lm_head")], ids=["frozen head", "trained head"])
+def test_the_saved_adapter_merged_is_the_trained_model(
+    folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    from bnf_train import trainer
+
+    trained: list[Any] = []
+    original = trainer.BNFTrainer.save_model
+    monkeypatch.setattr(
+        trainer.BNFTrainer, "save_model", lambda self, *a, **k: (trained.append(self.model), original(self, *a, **k))
+    )
+    arguments = ["--model", str(folder), "--dataset", str(write_rows(PAIRS)), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--eval_size", "0", "--batch_size", "4", "--learning_rate", "1e-2", "--warmup_steps", "0", "--bf16", "false"]
+    arguments += ["--save_strategy", "no", "--disable_tqdm", "true", "--use_peft", "--lora_r", "4", *flags]
+    assert main(arguments) == 0
+    with torch.no_grad():
+        expected = trained[-1].eval()(input_ids=IDS).logits
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        before = base(input_ids=IDS).logits
+        merged = peft.PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        assert (expected - before).abs().max() > 1e-2
+        merged.save_pretrained(tmp_path / "merged")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(again(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_what_cannot_be_is_refused_with_a_reason(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"a low-rank step of the head .* --lora_modules_to_save"):
+        add_lora(with_head(folder), config_of(folder, "--lora_target_modules", "q_proj", "lm_head"))
+    with pytest.raises(UsageError, match="--lora_target_modules no_such"):
+        add_lora(with_head(folder), config_of(folder, "--lora_target_modules", "no_such"))
+    if load_model(str(folder)).config.tie_word_embeddings:
+        with pytest.raises(UsageError, match="unties them"):
+            add_lora(with_head(folder), config_of(folder, "--lora_target_modules", "q_proj", "embed_tokens"))
+    with pytest.raises(UsageError, match="--lora_r: expected"):
+        config_of(folder, "--lora_r", "0")
+    four_bits = config_of(folder, "--load_in_4bit")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--load_in_4bit: bitsandbytes' kernels need a CUDA GPU"):
+            quantization(four_bits)
+    four_bits.use_peft = False
+    with pytest.raises(UsageError, match=r"--load_in_4bit: .* add --use_peft"):
+        quantization(four_bits)
