@@ -206,4 +206,7 @@ def _name(value: Any) -> Any:
     """A local file or folder by its own name: where it lay is nobody's business but the runner's."""
     if value == str(demo.MODEL):
         return "bnf_train's demo model"
-    return Path(value).resolve().name if value and isinstance(value, str) and Path(value).exists() else value
+    if not value or not isinstance(value, str):
+        return value
+    path = Path(value)
+    return path.resolve().name if path.is_absolute() or path.exists() else value

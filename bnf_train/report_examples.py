@@ -44,7 +44,8 @@ def examples(
     for response in _choose(rows, count):
         assert response.ref_log_odds is not None
         batch = collator([Row("", [response])])  # one at a time: no padding, and memory for one
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        # no cache: each weight is used once, and FSDP2 frees it afterwards
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             log_odds, _ = model(**{name: value.to(device) for name, value in model_inputs(batch).items()})
         log_odds, ref_log_odds = log_odds.cpu(), response.ref_log_odds
         result.append(
