@@ -111,7 +111,7 @@ class EnduringTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # Trainer pickles its arguments, and never reads them
             folder = Path(output_dir or self.args.output_dir)
-            (folder / "training_args.bin").unlink()
+            (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def _sharded(self) -> bool:
