@@ -75,8 +75,7 @@ def _parsed(text: str, what: str, path: Path, first_line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        reason = " ".join(error.msg.split())
-        raise UsageError(f"{path}, line {line}: expected {what}, got {reason} (column {error.colno}).") from error
+        raise UsageError(f"{path}, line {line}: expected {what}, got {error.msg} (column {error.colno}).") from error
     except RecursionError as error:
         raise UsageError(f"{path}, line {first_line}: expected {what}, got one nested too deeply.") from error
     except ValueError as error:  # Python refuses integers of thousands of digits
@@ -139,8 +138,7 @@ def _read_csv(path: Path) -> list[RawRow]:
                 )
             rows.append({name: _cell(name, cell) for name, cell in zip(header, cells, strict=True) if name in COLUMNS})
     except csv.Error as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}, line {line}: expected CSV with quotes doubled inside quotes, got {reason}.") from error
+        raise UsageError(f"{path}, line {line}: expected CSV, quotes inside quotes doubled, got {reason(error)}.") from error
 
 
 def _cell(column: str, text: str) -> Any:
@@ -166,7 +164,7 @@ def _read_parquet(path: Path) -> list[RawRow]:
     except UsageError:
         raise
     except Exception as error:  # pyarrow raises a dozen unrelated types on damaged files
-        raise UsageError(f"{path}: could not be read as Parquet ({_reason(error)}).") from error
+        raise UsageError(f"{path}: could not be read as Parquet ({reason(error)}).") from error
     return rows
 
 
@@ -188,7 +186,7 @@ def _load_folder(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as error:  # as in load_hub_dataset
-        raise UsageError(f"{path}: could not be read as a folder of the datasets library ({_reason(error)}).") from error
+        raise UsageError(f"{path}: could not be read as a folder of the datasets library ({reason(error)}).") from error
 
 
 def _rows_of_datasets(data: Any, source: str, split: str) -> list[RawRow]:
@@ -208,7 +206,7 @@ def _rows_of_datasets(data: Any, source: str, split: str) -> list[RawRow]:
     try:
         columns = data.select_columns(names).with_format(None)[:]
     except Exception as error:  # a damaged Arrow file shows itself only here
-        raise UsageError(f"{source}: could not be read ({_reason(error)}).") from error
+        raise UsageError(f"{source}: could not be read ({reason(error)}).") from error
     if not len(data):
         raise UsageError(f"{source}: expected rows with the columns {SHAPES}, got none.")
     return [dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)]
@@ -225,5 +223,7 @@ def shown(value: Any) -> str:
     return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else type(value).__name__
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+def reason(error: BaseException) -> str:
+    """What a library says of its failure, on one line."""
+    words = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    return words if words.isprintable() else ascii(words)[1:-1]

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_train.conversations import Message
 from bnf_train.errors import UsageError
+from bnf_train.read import reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,12 +50,13 @@ class Renderer:
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         except Exception as error:  # templates raise errors of their own, and Jinja's
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            raise UsageError(f"{where}: the model's chat template refuses this conversation ({reason}).") from error
+            raise UsageError(f"{where}: the model's chat template refuses this conversation ({reason(error)}).") from error
         return text
 
     def __call__(self, conversations: Sequence[tuple[list[Message], list[Message], str]]) -> list[list[Rendered]]:
         """For each (prompt, responses, where), its responses."""
+        if not conversations:
+            return []  # the tokenizer takes no empty batch
         prompts = [self.text(prompt, where, generate=True) for prompt, _, where in conversations]
         wholes = [[self.text([*prompt, side], where) for side in sides] for prompt, sides, where in conversations]
         ids = iter(self._ids([*prompts, *(text for texts in wholes for text in texts)]))

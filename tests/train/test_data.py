@@ -1,21 +1,32 @@
 """From rows to token ids: what is response, what is prompt, and what is refused."""
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
+from conftest import PAIRS  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from bnf_train.__main__ import _rows
 from bnf_train.collate import Collator
-from bnf_train.data import Response, Row, read_rows, split_by_prompt, to_conversations, tokenize
+from bnf_train.config import parse
+from bnf_train.conversations import to_conversations
+from bnf_train.data import Counts, Response, Row, Rules, has_splits, mask_pairs, read_rows, split_by_prompt, tokenize
 from bnf_train.errors import UsageError
+from bnf_train.render import show
 
-USER, WELL, BADLY = (
+SYSTEM, USER, WELL, BADLY = (
+    {"role": "system", "content": "be brief"},
     {"role": "user", "content": "hello"},
     {"role": "assistant", "content": "well"},
     {"role": "assistant", "content": "badly"},
@@ -34,6 +45,30 @@ ACCEPTED = {
     "plain-single": ({"prompt": "hello", "completion": "badly", "label": False}, ([USER], [(BADLY, False)])),
     "integer-label": ({"prompt": "hello", "completion": "well", "label": 1}, ([USER], [(WELL, True)])),
     "message-single": ({"prompt": [USER], "completion": [WELL], "label": True}, ([USER], [(WELL, True)])),
+    "ultrafeedback": (
+        {
+            "prompt": "hello",
+            "chosen": [SYSTEM, USER, WELL],
+            "rejected": [SYSTEM, USER, BADLY],
+            "messages": [USER],
+            "score": 1.5,
+        },
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "message-prompt-beside-text": (
+        {"prompt": [SYSTEM, USER], "chosen": "well", "rejected": [BADLY]},
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "single-conversation": ({"completion": [USER, WELL], "label": 1.0}, ([USER], [(WELL, True)])),
+    "same-turn-twice": (
+        {"chosen": [USER, WELL, USER, WELL], "rejected": [USER, WELL, USER, BADLY]},
+        ([USER, WELL, USER], [(WELL, True), (BADLY, False)]),
+    ),
+    "extra-keys-of-messages": ({"prompt": [USER | {"id": 3}], "chosen": [WELL | {"score": 1}], "rejected": [BADLY]}, PAIR),
+    "empty-cells-of-the-other-shape": (
+        {"prompt": "hello", "chosen": "", "rejected": "", "completion": "well", "label": True},
+        ([USER], [(WELL, True)]),
+    ),
     "empty-other-columns": (
         {"prompt": "hello", "chosen": None, "rejected": None, "completion": "well", "label": True},
         ([USER], [(WELL, True)]),
@@ -45,6 +80,48 @@ REFUSED = {
     "empty-completion": ({"prompt": "a", "completion": " ", "label": True}, "expected a response, got an empty one"),
     "no-prompt": ({"chosen": "a", "rejected": "b"}, "expected a prompt, got none"),
     "number": ({"prompt": 3, "completion": "b", "label": True}, "prompt: expected text or a list of"),
+    "label-missing": ({"prompt": "a", "completion": "b"}, "label: expected true or false .*got null"),
+    "label-2": ({"prompt": "a", "completion": "b", "label": 2}, "label: expected true or false .*got 2"),
+    "label-text-in-json": ({"prompt": "a", "completion": "b", "label": "true"}, "label: expected true or false .*got 'true'"),
+    "label-nan": ({"prompt": "a", "completion": "b", "label": float("nan")}, "label: expected true or false .*got nan"),
+    "both-shapes": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d", "label": True},
+        "got chosen, rej",
+    ),
+    "one-side": ({"prompt": "a", "chosen": "b", "rejected": None}, "expected the columns .*, got chosen"),
+    "empty-side": ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected: expected a response, got an empty one"),
+    "empty-prompt": ({"prompt": " ", "chosen": "a", "rejected": "b"}, "expected a prompt, got none"),
+    "no-messages": ({"prompt": "a", "chosen": [], "rejected": "b"}, "chosen: expected one assistant message"),
+    "other-prompt": (
+        {"prompt": "bye", "chosen": [USER, WELL], "rejected": [USER, BADLY]},
+        "prompt: expected a part of",
+    ),
+    "a-continued-prompt": (
+        {"prompt": "bye", "chosen": [WELL, USER, WELL], "rejected": [WELL, USER, BADLY]},
+        "prompt: expected a part of the conversations",
+    ),
+    "different-first-turns": (
+        {"chosen": [USER, WELL], "rejected": [USER | {"content": "bye"}, WELL]},
+        "differ in their last message only, got 2 and 2 messages after the 0",
+    ),
+    "one-goes-on": (
+        {"chosen": [USER, WELL], "rejected": [USER, WELL, USER, BADLY]},
+        "differ in their last message only, got 1 and 3 messages after the 1",
+    ),
+    "content-null": (
+        {"prompt": [USER | {"content": None}], "chosen": "a", "rejected": "b"},
+        "got null as the content",
+    ),
+    "no-role": ({"prompt": [{"content": "a"}], "chosen": "a", "rejected": "b"}, "prompt: .* got none as the role of message 1"),
+    "sharegpt": ({"chosen": [{"from": "gpt", "value": "a"}], "rejected": "b", "prompt": "c"}, "chosen: .*got none as the role"),
+    "tool-calls": (
+        {"prompt": [USER, WELL | {"tool_calls": [{"name": "f"}]}, USER], "chosen": "a", "rejected": "b"},
+        "got tool calls in message 2",
+    ),
+    "surrogate": (
+        {"prompt": "a\ud800", "chosen": "a", "rejected": "b"},
+        r"prompt: .* half a character \('.ud800",
+    ),
     "user-response": ({"prompt": "a", "completion": [USER], "label": True}, "one assistant message"),
 }
 
@@ -60,6 +137,21 @@ def test_bad_rows_are_named(row: dict[str, Any], message: str) -> None:
         to_conversations(row, "WHERE")
 
 
+# --- rendering -------------------------------------------------------------------------------------------------------
+
+SINGLE = {"prompt": "a", "completion": "b", "label": True}
+FOR_MESSAGE = "{% for m in messages %}"
+WITHOUT_EOS = FOR_MESSAGE + "{{ m['content'] + ' ' }}{% endfor %}"
+
+
+def response_text(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> tuple[str, str]:
+    """Prompt and response as they are trained on."""
+    response = tokenize([row], tokenizer, 1000, "x.jsonl")[0][0].responses[0]
+    return tokenizer.decode(response.input_ids[: response.prompt_length]), tokenizer.decode(
+        response.input_ids[response.prompt_length :]
+    )
+
+
 def test_response_ends_with_its_end_of_turn_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
     rows, _ = tokenize([ACCEPTED["plain-pair"][0]], tokenizer, 100, "x.jsonl")
     for response, text in zip(rows[0].responses, ("well", "badly"), strict=True):
@@ -68,27 +160,218 @@ def test_response_ends_with_its_end_of_turn_and_no_more(tokenizer: PreTrainedTok
         assert tokenizer.decode(ids[: response.prompt_length]) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_end_of_turn_is_added_where_the_template_has_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    rows, _ = tokenize([{"prompt": "a", "completion": "b", "label": True}], tokenizer, 100, "x.jsonl")
-    response = rows[0].responses[0]
-    assert tokenizer.decode(response.input_ids[response.prompt_length :]) == "b <|im_end|>"
+@pytest.mark.parametrize(
+    ("template", "completion", "expected"),
+    [
+        (WITHOUT_EOS, "b", ("a ", "b <|im_end|>")),
+        (WITHOUT_EOS, "b<|im_end|>", ("a ", "b<|im_end|>")),
+        (WITHOUT_EOS, "b<|im_start|>", ("a ", "b<|im_start|> <|im_end|>")),  # a special token of the data ends no turn
+        (FOR_MESSAGE + "{{ m['content'] + '<|im_end|>' }}{% endfor %}", "b<|im_end|>", ("a<|im_end|>", "b<|im_end|>")),
+        (FOR_MESSAGE + "{{ m['content'] + '<|turn|> \n' }}{% endfor %}", "b", ("a<|turn|> \n", "b<|turn|>")),  # as gemma's
+        (
+            FOR_MESSAGE + "{{ m['content'] + '<|turn|><|im_end|>' }}{% endfor %}",
+            "b",
+            ("a<|turn|><|im_end|>", "b<|turn|><|im_end|>"),
+        ),
+        ("{{ '<s>' }}" + WITHOUT_EOS, "b", ("<s>a ", "b <|im_end|>")),
+    ],
+    ids=["no-eos", "eos-in-the-data", "other-token-in-the-data", "eos-in-both", "not-the-eos", "two", "bos"],
+)
+def test_one_bos_and_one_end_of_turn(
+    tokenizer: PreTrainedTokenizerFast, template: str, completion: str, expected: tuple[str, str]
+) -> None:
+    """Whatever template and data write of them, and though the tokenizer by itself puts a BOS before every text."""
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|im_start|>", "<|turn|>"]})
+    bos = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    tokenizer.chat_template = template
+    assert response_text(tokenizer, SINGLE | {"completion": completion}) == expected
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UsageError, match=r"x.jsonl, row 1: the chat template does not render the prompt as a token prefix"):
-        tokenize([{"prompt": "a", "completion": "b", "label": True}], tokenizer, 100, "x.jsonl")
+def test_text_that_begins_with_a_bos_does_not_double_the_templates(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "{{ bos_token }}" + WITHOUT_EOS
+    assert response_text(tokenizer, SINGLE | {"prompt": "<s>a"}) == ("<s>a ", "b <|im_end|>")
+
+
+REWRITES_SOME = FOR_MESSAGE + (
+    "{{ 'long ' if messages | length > 1 and messages[0]['content'] == 'odd' }}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+)
+
+
+def test_a_prompt_that_is_no_token_prefix_is_reported_and_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = REWRITES_SOME
+    raw = [SINGLE, SINGLE | {"prompt": "odd"}, SINGLE | {"prompt": "c"}]
+    rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl")
+    assert [row.number for row in rows] == [1, 3]
+    assert counts == Counts(rows=3, no_boundary=[2])
+    assert counts.sentences(Rules())[0].endswith("no prefix of prompt and response (--no_boundary drop): row 2")
+    expected = r"x.jsonl, row 2: the chat template does not render the prompt as a token prefix"
+    with pytest.raises(UsageError, match=expected):
+        tokenize(raw, tokenizer, 100, "x.jsonl", Rules(no_boundary="error"))
+    with pytest.raises(UsageError, match=r"x.jsonl, row 1: the chat template .* \(and so in all 2 rows\)"):
+        tokenize([raw[1], raw[1] | {"label": False}], tokenizer, 100, "x.jsonl")
+
+
+def test_a_template_that_changes_the_response_is_reported(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = FOR_MESSAGE + "{{ m['content'].split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
+    _, counts = tokenize([SINGLE, SINGLE | {"completion": "<think>why</think>b"}], tokenizer, 100, "x.jsonl")
+    assert counts == Counts(rows=2, rewritten=[2])
+
+
+def test_what_the_template_refuses_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = FOR_MESSAGE + (
+        "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    system = {"prompt": [{"role": "system", "content": "Be brief."}, USER], "completion": "b", "label": True}
+    with pytest.raises(UsageError, match=r"x.jsonl, row 2: .* refuses this conversation \(System role not supported\)\.$"):
+        tokenize([SINGLE, system], tokenizer, 100, "x.jsonl")
+    tokenizer.chat_template = "{% for"
+    with pytest.raises(UsageError, match=r"x.jsonl, row 1: the model's chat template refuses"):
+        tokenize([SINGLE], tokenizer, 100, "x.jsonl")
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match=r"no chat template; use an instruction-tuned model\.$"):
+        tokenize([SINGLE], tokenizer, 100, "x.jsonl")
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(UsageError, match="no end-of-sequence token; set eos_token"):
+        tokenize([SINGLE], tokenizer, 100, "x.jsonl")
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
 
 
 def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     raw = [{"prompt": "p" * n, "completion": "c" * 10, "label": True} for n in (1, 10, 50)]
     length = len(tokenize(raw[1:2], tokenizer, 1000, "x")[0][0].responses[0].input_ids)
     rows, counts = tokenize(raw, tokenizer, length - 3, "x.jsonl")
-    assert counts == {"rows": 3, "cut": 1, "dropped": 1}
+    assert counts == Counts(rows=3, cut=[2], dropped=[3])
     assert [row.responses[0].tokens for row in rows] == [11, 8]
-    with pytest.raises(UsageError, match="no row is left"):
+    rows, counts = tokenize(raw, tokenizer, length - 3, "x.jsonl", Rules(too_long="drop"))
+    assert counts == Counts(rows=3, dropped=[2, 3])
+    assert [row.number for row in rows] == [1]
+    message = f"x.jsonl, row 2: prompt and response have {length - 11} \\+ 11 tokens, more than --max_length {length - 3}"
+    with pytest.raises(UsageError, match=message):
+        tokenize(raw, tokenizer, length - 3, "x.jsonl", Rules(too_long="error"))
+    with pytest.raises(UsageError, match=r"no row is left at --max_length 5: 3 rows dropped as too long .*: rows 1, 2, 3\.$"):
         tokenize(raw, tokenizer, 5, "x.jsonl")
+
+
+def test_empty_responses_stop_or_are_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+    raw = [SINGLE, SINGLE | {"completion": "\n"}]
+    with pytest.raises(UsageError, match=r"x.jsonl, row 2: completion: expected a response, got an empty one"):
+        tokenize(raw, tokenizer, 100, "x.jsonl")
+    rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl", Rules(empty="drop"))
+    assert counts == Counts(rows=2, empty=[2])
+    assert len(rows) == 1
+    with pytest.raises(UsageError, match=r"no row is left .* because a response is empty \(--empty drop\): row 1"):
+        tokenize(raw[1:], tokenizer, 100, "x.jsonl", Rules(empty="drop"))
+
+
+def test_duplicates_are_counted_and_kept_or_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The same text as messages is a duplicate; another label, or more text, is not."""
+    raw = [
+        SINGLE,
+        SINGLE | {"label": False},
+        SINGLE | {"completion": "bb"},
+        SINGLE,
+        SINGLE | {"prompt": [USER | {"content": "a"}]},
+    ]
+    for rule, kept in (("keep", 5), ("drop", 3)):
+        rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl", Rules(duplicates=rule))
+        assert counts == Counts(rows=5, duplicates=[4, 5])
+        assert len(rows) == kept
+    with pytest.raises(UsageError, match=r"x.jsonl, row 4: the same as a row before"):
+        tokenize(raw, tokenizer, 100, "x.jsonl", Rules(duplicates="error"))
+
+
+def test_rows_do_not_depend_on_the_chunk_that_they_are_in(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = [SINGLE | {"prompt": "p" * n, "completion": "c" * (n % 7)} for n in range(1, 40)]
+    once = tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop"))
+    assert once[1].empty == [7, 14, 21, 28, 35]
+    assert once[1].dropped
+    monkeypatch.setattr("bnf_train.data.CHUNK", 4)
+    assert tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop")) == once
+
+
+def test_a_stream_is_refused_with_the_reason(tokenizer: PreTrainedTokenizerFast) -> None:
+    import datasets
+
+    stream = datasets.Dataset.from_list([SINGLE]).to_iterable_dataset()
+    with pytest.raises(UsageError, match="a stream instead of a table, but every response is scored once by the reference"):
+        tokenize(stream, tokenizer, 100, "x")
+    with pytest.raises(UsageError, match="--streaming: not possible, because every response is scored"):
+        parse(["--streaming"])
+    with pytest.raises(UsageError, match="a stream instead of a file"):
+        read_rows("/dev/null")
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_pairing_ratio_masks_one_side_of_the_other_pairs(ratio: float) -> None:
+    """Table 6: an exact share of pairs, both sides about as often, the same at the same seed; single responses stay."""
+    pairs = [Row(f"p{i}", [Response([i, 1], 1, True), Response([i, 2], 1, False)], i) for i in range(400)]
+    rows = [*pairs, Row("single", [Response([0, 1], 1, True)])]
+    masked = mask_pairs(rows, ratio, seed=1)
+    assert [(row.prompt, row.number) for row in masked] == [(row.prompt, row.number) for row in rows]
+    assert sum(len(row.responses) == 2 for row in masked) == ratio * 400
+    singles = [row.responses[0] for row in masked[:-1] if len(row.responses) == 1]
+    assert all(response in pairs[response.input_ids[0]].responses for response in singles)
+    assert abs(sum(response.preferred for response in singles) - len(singles) / 2) < 4 * (len(singles) / 4) ** 0.5 + 1
+    assert masked[-1] == rows[-1]
+    assert mask_pairs(rows, ratio, seed=1) == masked
+    assert (mask_pairs(rows, ratio, seed=2) == masked) == (ratio == 1)
+    assert all(len(row.responses) == 2 for row in pairs)  # the caller's own
+
+
+def test_examples_show_the_mask_without_colour(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows, _ = tokenize([ACCEPTED["plain-pair"][0], SINGLE | {"completion": "\x1b[31mred"}], tokenizer, 100, "x.jsonl")
+    text = io.StringIO()
+    show(rows, tokenizer, Console(file=text, soft_wrap=True, highlight=False))
+    assert "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n" in text.getvalue()
+    for line in (
+        "Row 1: 24 prompt tokens, which are not in the loss",
+        "preferred, 5 tokens: ⟦well<|im_end|>⟧",
+        "dispreferred, 6 tokens: ⟦badly<|im_end|>⟧",
+        "⟦\\x1b[31mred<|im_end|>⟧",
+    ):
+        assert line in text.getvalue()
+    coloured = io.StringIO()
+    show(rows, tokenizer, Console(file=coloured, soft_wrap=True, highlight=False, force_terminal=True, color_system="standard"))
+    assert "\x1b[2m<|im_start|>user" in coloured.getvalue()  # dim
+    assert "\x1b[32m⟦well<|im_end|>⟧\x1b[0m" in coloured.getvalue()
+    assert "\x1b[31m⟦badly<|im_end|>⟧\x1b[0m" in coloured.getvalue()
+
+
+def test_a_run_prints_what_it_did_with_the_rows(
+    tokenizer: PreTrainedTokenizerFast, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = write_rows([*PAIRS, PAIRS[0], PAIRS[1] | {"chosen": ""}, PAIRS[2] | {"rejected": PAIRS[2]["chosen"]}])
+    flags = ["--dataset", str(rows), "--eval_size", "0", "--empty", "drop", "--duplicates", "drop"]
+    flags += ["--pairing-ratio", "0.25", "--show-examples", "1", "--output_dir", str(tmp_path / "out")]
+    text = io.StringIO()
+    train_rows, held_out = _rows(parse(flags), tokenizer, Console(file=text, soft_wrap=True, highlight=False))
+    assert [len(row.responses) for row in train_rows].count(2) == 2
+    assert not held_out
+    printed = text.getvalue()
+    for line in (
+        "11 rows, ",
+        "1 rows dropped because a response is empty (--empty drop): row 10",
+        "1 exact duplicates of a row before (--duplicates drop): row 9",
+        "1 pairs with the same response on both sides, from which there is nothing to learn: row 11",
+        "of 9 training pairs 2 stay whole, 7 lose one side at random (--seed 42)",
+        "Row 1: ",
+    ):
+        assert line in printed
+    assert "Row 2: " not in printed
+
+
+# --- batches and splits ----------------------------------------------------------------------------------------------
 
 
 @given(shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans()), min_size=1, max_size=4))
@@ -118,37 +401,111 @@ def test_split_keeps_a_prompt_on_one_side(prompts: list[str], size: float, seed:
     assert bool(held_out) == (size > 0 and round(size * len(rows) if size < 1 else size) > 0 and len(set(prompts)) > 1)
 
 
+# --- files -----------------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": 'c\n"d", e', "completion": "None", "label": False}]
+CHAT = [{"chosen": [USER, WELL], "rejected": [USER, BADLY]}]
+
+
 def test_json_lines_may_hold_any_character(write_rows: Callable[..., Path]) -> None:
     row = {"prompt": "a\u2028b\x85c", "completion": "d", "label": True}  # what str.splitlines would cut in two
     assert read_rows(str(write_rows([row]))) == [row]
 
 
-@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
-def test_other_file_formats(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "c", "completion": "d", "label": False}]
+@pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["text", "messages"])
+@pytest.mark.parametrize("suffix", ["json", "lines.json", "bom.jsonl", "PARQUET", "csv"])
+def test_file_formats(suffix: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / f"rows.{suffix}"
     if suffix == "json":
-        path.write_text(json.dumps(rows))
+        path.write_text(json.dumps(rows, indent=1))
+    elif suffix == "lines.json":
+        path.write_text("\n" + "".join(json.dumps(row) + "\r\n" for row in rows))
+    elif suffix == "bom.jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
+    elif suffix == "csv":
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
     else:
-        getattr(datasets.Dataset.from_list(rows), f"to_{suffix}")(str(path))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert read_rows(str(path)) == rows
 
 
+@pytest.mark.parametrize(("text", "label"), [("TRUE", True), ("0", False), ("1.0", True), (" false", False), ("yes", "yes")])
+def test_labels_of_csv_files(text: str, label: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"id,label,completion,prompt\n7,{text},007,NA\n\n")
+    assert read_rows(str(path)) == [{"prompt": "NA", "completion": "007", "label": label}]  # neither a number nor missing
+
+
+@pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["text", "messages"])
+def test_folders_of_the_datasets_library(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = datasets.Dataset.from_list([row | {"other": 1} for row in rows])
+    one, splits, files = tmp_path / "one", tmp_path / "splits", tmp_path / "files"
+    data.save_to_disk(one)
+    datasets.DatasetDict({"train_prefs": data, "test_prefs": data.select([0]), "train_sft": data}).save_to_disk(splits)
+    (files / "data").mkdir(parents=True)
+    data.to_parquet(files / "data" / "train-00000-of-00001.parquet")
+    assert [has_splits(str(folder)) for folder in (one, splits, files)] == [False, True, True]
+    assert all(read_rows(str(folder)) == rows for folder in (one, splits, files))
+    assert read_rows(str(splits), "test") == rows[:1]
+    assert read_rows(str(files), "test") == []
+    datasets.DatasetDict({"dev": data}).save_to_disk(tmp_path / "dev")
+    with pytest.raises(UsageError, match="expected a split named train or train_prefs, got dev"):
+        read_rows(str(tmp_path / "dev"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="could not be read as a folder of the datasets library"):
+        read_rows(str(tmp_path / "empty"))
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "content", "message"),
     [
-        ('{"prompt": "a", "completion": "b", "label": true}\n{"prompt": \n', "line 2: expected a JSON object"),
-        ("[1, 2]\n", "expected JSON objects"),
-        ("", "expected JSON objects"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": \n',
+            r"a.jsonl, line 2: expected a JSON object, got Expecting value \(column 12\)",
+        ),
+        ("a.jsonl", b'{"a": 1}\n\n[1, 2]\n', "a.jsonl, line 3: expected JSON objects, one a line, got a list"),
+        ("a.jsonl", b"", "expected JSON objects.*got no row"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9t\xe9"}', "a.jsonl, line 2: expected UTF-8, got the byte 0xe9"),
+        ("a.jsonl", "{}".encode("utf-16"), "a.jsonl, line 1: expected UTF-8, got the byte 0xff"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1: expected a JSON object, got one nested too deeply"),
+        (
+            "a.jsonl",
+            b"{}\n" + b'{"a": ' + b"9" * 5000 + b"}",
+            "a.jsonl, line 2: expected a JSON object, got a number that is too",
+        ),
+        (
+            "a.json",
+            b'[\n{"prompt": "a"},\n{"b" 1}]',
+            r"a.json, line 3: expected a JSON list of rows, got Expecting ':' delimiter",
+        ),
+        ("a.json", b"3", "a.json: expected a JSON list of rows, got 3"),
+        ("a.json", b"[{}, null]", "a.json, row 2: expected JSON objects with the columns .* got null"),
+        ("a.csv", b"prompt;completion;label\na;b;1\n", "a.csv: expected the columns .*, got prompt;completion;label"),
+        ("a.csv", b'prompt,completion,label\n"a\nb",c,1\nd,e\n', "a.csv, line 4: expected 3 cells as in the header, got 2"),
+        ("a.csv", b'prompt,completion,label\na,"b,1\n', "a.csv, line 2: expected CSV, .* got unexpected end of data"),
+        ("a.csv", b"label,completion,label\n", "a.csv, line 1: expected each column once, got label more than once"),
+        ("a.csv", b"prompt,completion,label\n", "a.csv: expected .* got no row"),
+        ("a.parquet", b"PAR1", "a.parquet: could not be read as Parquet"),
     ],
 )
-def test_damaged_files_are_named(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
+def test_damaged_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
         read_rows(str(path))
-    with pytest.raises(UsageError, match="no such file"):
-        read_rows(str(tmp_path / "none.jsonl"))
+
+
+def test_wrong_columns_name_what_was_found(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"], "answer": ["b"]}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a.parquet: expected the columns \(prompt, chosen.* got question, answer\.$"):
+        read_rows(str(tmp_path / "a.parquet"))
+    for name, message in (("none.jsonl", "no such file"), ("none", "no such file"), ("https://x/y.jsonl", "download it first")):
+        with pytest.raises(UsageError, match=message):
+            read_rows(name if "://" in name else str(tmp_path / name))

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train import demo
-from bnf_train.data import read_rows, tokenize
+from bnf_train.data import Counts, read_rows, tokenize
 
 
 def test_model_and_tokenizer_are_small_and_complete() -> None:
@@ -35,5 +35,5 @@ def test_preferences_are_400_rows_that_fit() -> None:
     assert Counter(row["label"] for row in rows) == {True: 200, False: 200}
     assert len({(row["prompt"], row["completion"]) for row in rows}) == 400
     kept, counts = tokenize(rows, AutoTokenizer.from_pretrained(demo.MODEL), 320, "demo")
-    assert counts == {"rows": 400, "cut": 0, "dropped": 0}
+    assert counts == Counts(rows=400)
     assert len(kept) == 400
