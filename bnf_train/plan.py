@@ -44,8 +44,8 @@ PAPER_MODEL, PAPER_TFLOPS = "meta-llama/Meta-Llama-3-8B-Instruct", 312.0
 HEAD_CHUNK = {"cpu": 56 * MIB, "cuda": 448 * MIB}
 HEAD_TILES = {"cpu": 16 * MIB, "cuda": 128 * MIB}
 CUDA_CONTEXT = 1 * GIB  # an allowance for CUDA's context, NCCL and the allocator's rounding; not measured
-# What glibc's heap keeps of freed memory between what stays, as a share of activations and bf16 copies: fitted to two
-# measured runs of one 42 M Llama (0.41, 0.60), not derived. With MALLOC_MMAP_THRESHOLD_=131072 it was below 0.05.
+# What glibc's heap keeps of freed memory between what stays, as a share of activations and bf16 copies: fitted by
+# eye to two bf16 measurements of one 42 M Llama (0.41, 0.60), not derived; other sizes are unmeasured.
 HEAP_SHARE = 0.5
 OPTIMIZER_BYTES = {"sgd": 0, "adamw_torch_8bit": 2, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_4bit": 1}
 ADAMW_BYTES = 8  # two float32 moments of each trainable parameter
