@@ -127,25 +127,49 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
 
 def _rows(config: "BNFConfig", tokenizer: "PreTrainedTokenizerBase", console: "Console") -> tuple[list["Row"], list["Row"]]:
     """Training and held-out rows, tokenised; what was cut or dropped is printed."""
-    from bnf_train import data
+    from bnf_train import data, render
+    from bnf_train.objectives import resolve
+
+    if config.pairing_ratio < 1 and resolve(config)[1]:
+        raise UsageError(
+            f"--pairing_ratio {config.pairing_ratio:g}: makes single responses of pairs, and --objective {config.objective} "
+            "compares the two sides of a pair; leave it out, or use --objective bnf."
+        )
+    rules = data.Rules(config.too_long, config.empty, config.no_boundary, config.duplicates)
 
     def tokenized(source: str, split: str) -> list["Row"]:
         raw = data.read_rows(source, split)
         if not raw:
             return []
-        rows, counts = data.tokenize(raw, tokenizer, config.max_length, source)
+        rows, counts = data.tokenize(raw, tokenizer, config.max_length, source, rules)
+        tokens = sum(r.tokens for row in rows for r in row.responses)
         console.print(
-            f"{source}, {split}: {counts['rows']} rows, {sum(r.tokens for row in rows for r in row.responses):,} response "
-            f"tokens; at --max_length {config.max_length}, {counts['cut']} responses cut, {counts['dropped']} rows dropped."
+            f"{source}, {split}: {counts.rows} rows, {tokens:,} response tokens; at --max_length {config.max_length}, "
+            f"{len(counts.cut)} responses cut, {len(counts.dropped)} rows dropped."
         )
+        for sentence in counts.sentences(rules):
+            console.print(f"  {sentence}")
         return rows
 
     assert config.dataset is not None
     train_rows = tokenized(config.dataset, "train")
-    local = Path(config.dataset).exists()
-    held_out = tokenized(config.eval_dataset or config.dataset, "test") if config.eval_dataset or not local else []
+    if config.eval_dataset:
+        held_out = tokenized(config.eval_dataset, "test")
+        if not held_out:
+            raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
+    else:
+        held_out = tokenized(config.dataset, "test") if data.has_splits(config.dataset) else []
     if not held_out:
         train_rows, held_out = data.split_by_prompt(train_rows, config.eval_size, config.seed)
+    if config.pairing_ratio < 1:
+        pairs = sum(len(row.responses) == 2 for row in train_rows)
+        train_rows = data.mask_pairs(train_rows, config.pairing_ratio, config.seed)
+        left = sum(len(row.responses) == 2 for row in train_rows)
+        console.print(
+            f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {left} stay whole, "
+            f"{pairs - left} lose one side at random (--seed {config.seed})."
+        )
+    render.show(train_rows[: config.show_examples], tokenizer, console)
     return train_rows, held_out
 
 
