@@ -369,6 +369,8 @@ def test_a_run_prints_what_it_did_with_the_rows(
     ):
         assert line in printed
     assert "Row 2: " not in printed
+    with pytest.raises(UsageError, match=r"--pairing_ratio 0\.25: makes single responses of pairs, and --objective dpo"):
+        _rows(parse([*flags, "--objective", "dpo"]), tokenizer, Console(quiet=True))
 
 
 # --- batches and splits ----------------------------------------------------------------------------------------------
