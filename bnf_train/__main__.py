@@ -6,6 +6,7 @@ Without arguments it trains the embedded demo. For a real one:
     accelerate launch -m bnf_train --model ...                          # every GPU of the machine
 """
 
+import gc
 import logging
 import sys
 import traceback
@@ -16,8 +17,9 @@ from bnf_train.errors import Interrupted, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from bnf_train.collate import Collator
     from bnf_train.config import BNFConfig
     from bnf_train.data import Row
 
@@ -58,11 +60,11 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
     from rich.console import Console
 
     from bnf_train import checkpoint, demo, report
-    from bnf_train.collate import Collator
-    from bnf_train.load import context_length, load_model, load_tokenizer
-    from bnf_train.model_head import attach_log_odds_head, can_pack
+    from bnf_train.load import context_length, load_tokenizer
+    from bnf_train.lora import add_lora
     from bnf_train.objectives import resolve
-    from bnf_train.reference_cache import add_ref_log_odds
+    from bnf_train.reference_cache import add_ref_log_odds, check_same_tokens
+    from bnf_train.scale_out import gathered
     from bnf_train.trainer import BNFTrainer
 
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
@@ -70,18 +72,22 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
         rows_of = "400 rows of GSM8K solutions" if config.dataset == str(demo.PREFERENCES) else config.dataset
         console.print(f"{'No arguments: t' if embedded else 'T'}he embedded demo model, on {rows_of}.")
     output = Path(config.output_dir or "")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not checkpoint.resumes(config.resume_from_checkpoint):
+    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if in_use and not checkpoint.resumes(config.resume_from_checkpoint):
         raise UsageError(f"--output_dir {output}: expected a new or empty folder; remove it or pass another.")
     with config.main_process_first():
         resumed = checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.set_seed(config.seed)
 
-    context = context_length(config.model, config.trust_remote_code)
-    if context is not None and context < config.max_length:
-        console.print(f"--max_length {config.max_length} is more than {config.model} was made for: {context} it is.")
-        config.max_length = context
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    if config.ref_model:
+        check_same_tokens(config.ref_model, tokenizer, config.trust_remote_code)
+    for name in filter(None, (config.model, config.ref_model)):
+        context = context_length(name, config.trust_remote_code)
+        if context is not None and context < config.max_length:
+            console.print(f"--max_length {config.max_length} is more than {name} was made for: {context} it is.")
+            config.max_length = context
     train_rows, held_out = _rows(config, tokenizer, console)
     objective, pairwise = resolve(config)
     if pairwise and any(len(row.responses) == 1 for row in train_rows + held_out):
@@ -89,40 +95,74 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
             f"--objective {config.objective} compares the two sides of a pair, and {config.dataset} has single responses; "
             "use --objective bnf, or rows with prompt, chosen, rejected."
         )
-    model = load_model(config.model, config.trust_remote_code, getattr(torch, config.dtype))
-    attach_log_odds_head(model)
-    packed = config.packing and can_pack(model)
-    if config.packing and not packed:
-        console.print(f"{config.model}: packed responses would see each other in this architecture, so they are padded.")
-    collator = Collator(tokenizer.pad_token_id, packed)
-    add_ref_log_odds(
-        model, train_rows + held_out, collator, config.device, bool(config.bf16), config.per_device_eval_batch_size
-    )
+    model, collator = _with_head(config, config.ref_model or config.model, tokenizer, console)
+    with gathered(model):
+        add_ref_log_odds(
+            model,
+            train_rows + held_out,
+            collator,
+            config.device,
+            torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
+            config.per_device_eval_batch_size,
+            cache=None if config.no_reference_cache else Path(config.reference_cache or ""),
+            template=tokenizer.chat_template or "",
+            say=console.print,
+            progress=not config.disable_tqdm,
+        )
+    if config.ref_model:
+        del model
+        gc.collect()  # it refers to itself; gone before the policy is loaded, so that there is never room needed for two
+        model, collator = _with_head(config, config.model, tokenizer, console)
+    transformers.set_seed(config.seed)  # whether the reference pass drew random numbers or found its cache
+    model = add_lora(model, config)
 
     trainer = BNFTrainer(
         model=model,
         args=config,
         objective=objective,
         pairwise=pairwise,
+        starts_at_reference=not resumed and not config.ref_model,
         data_collator=collator,
         train_dataset=train_rows,
         eval_dataset=held_out or None,
         processing_class=tokenizer,
     )
     console.print(
-        f"Training {model.num_parameters() / 1e6:.1f} M parameters on {config.device.type}, "
+        f"Training {model.num_parameters(only_trainable=True) / 1e6:.1f} M parameters on {config.device.type}, "
         f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
         f"learning rate {config.learning_rate:g}, objective {config.objective}."
     )
     trainer.train(resume_from_checkpoint=resumed and str(resumed))
     held_out_metrics = trainer.evaluate() if held_out else {}
     trainer.save_model()
-    tokenizer.save_pretrained(output)
     examples = report.examples(model, held_out, collator, tokenizer, config.device, bool(config.bf16))  # on every process
     if trainer.is_world_process_zero():
-        report.write(output, config, trainer.state.log_history, held_out_metrics, examples)
+        with checkpoint.naming_a_full_disk(output):
+            tokenizer.save_pretrained(output)
+            report.write(output, config, trainer.state.log_history, held_out_metrics, examples)
         console.print(report.table(held_out_metrics))
         console.print(f"Model, report.html, metrics.json and metrics.png in {output}")
+
+
+def _with_head(
+    config: "BNFConfig", name: str, tokenizer: "PreTrainedTokenizerBase", console: "Console"
+) -> tuple["PreTrainedModel", "Collator"]:
+    """The model `name` with the log-odds head, and the collator that it can do with."""
+    import torch
+
+    from bnf_train.collate import Collator
+    from bnf_train.load import load_model
+    from bnf_train.lora import quantization
+    from bnf_train.model_head import attach_log_odds_head, can_pack
+    from bnf_train.scale_out import gathered
+
+    model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config))
+    with gathered(model):
+        attach_log_odds_head(model)
+        packed = config.packing and can_pack(model)
+    if config.packing and not packed:
+        console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
+    return model, Collator(tokenizer.pad_token_id, packed)
 
 
 def _rows(config: "BNFConfig", tokenizer: "PreTrainedTokenizerBase", console: "Console") -> tuple[list["Row"], list["Row"]]:

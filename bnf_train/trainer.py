@@ -30,6 +30,7 @@ SIDES = {"preferred": "chosen", "dispreferred": "rejected"}  # what metrics of o
 QUANTILES = (0.1, 0.5, 0.9)
 # mean |w - 1| before the first step; more than noise between two passes means that policy and reference differ
 MOST_NOISE = 1e-2
+MOST_NOISE_IN_HALF = 5e-2  # where activations are bf16 or fp16, batches of another shape alone make about 1e-2
 # per-response sums that evaluation gathers
 SUMS = ("responses", "losses", "loss", "paired", "tokens", "logp", "ref_logp", "weight", "clipped")
 
@@ -135,9 +136,10 @@ class BNFTrainer(EnduringTrainer):
         total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
         mean = total / max(tokens, 1)
         self._noise_at_start = mean
-        if mean > MOST_NOISE:  # NaN is for the check of the loss, which names the rows
+        most = MOST_NOISE_IN_HALF if self.args.bf16 or self.args.fp16 else MOST_NOISE
+        if mean > most:  # NaN is for the check of the loss, which names the rows
             raise UsageError(
-                f"before the first step the mean |w - 1| is {mean:.2g}, more than the {MOST_NOISE:g} that noise explains: "
+                f"before the first step the mean |w - 1| is {mean:.2g}, more than the {most:g} that noise explains: "
                 "policy and reference are not the same model in the same mode; look for dropout in the model's configuration, "
                 "a reference cache of other weights, or another attention implementation or dtype."
             )
