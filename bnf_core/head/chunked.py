@@ -189,7 +189,9 @@ class _Head:
         self.rounds_logits = on_cpu_in_bf16 and not self.options.exact
         room, tile = HELD_BYTES[of], TILE_BYTES[of] // self.wide.itemsize
         if self.operand != self.wide:  # tiles in both dtypes, and copies of the weight for exact logits
-            room -= 2 * TILE_BYTES[of] + (0 if self.rounds_logits else COPY_BYTES[of])
+            # beside the float32 sum of a bf16 weight's gradient tiles are small; beside a float32 weight they count
+            room -= (5 if self.weight.dtype == self.wide else 2) * TILE_BYTES[of]
+            room -= 0 if self.rounds_logits else COPY_BYTES[of]
         size = self.options.chunk_size
         if size is None:
             most = room // (self.vocab * self.operand.itemsize) if held else math.isqrt(tile)

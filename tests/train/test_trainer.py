@@ -93,7 +93,7 @@ def test_the_step_does_not_depend_on_packing_or_empty_micro_batches(model_folder
         (1, 16, {"with_empty_rows": True, "packed": True}),
     ):
         for key, value in one_step(model_folder, rows, per_device, accumulate, **options).items():
-            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate} {options}: {key}")
+            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate} {options}")
 
 
 def test_bnf_in_one_pass_is_bnf_from_log_odds(model_folder: Path) -> None:
