@@ -150,7 +150,7 @@ def _with_head(
     """The model `name` with the log-odds head, and the collator that it can do with."""
     import torch
 
-    from bnf_train.collate import Collator
+    from bnf_train.collate import Collator, attention_width
     from bnf_train.load import load_model
     from bnf_train.lora import quantization
     from bnf_train.model_head import attach_log_odds_head, can_pack
@@ -162,7 +162,7 @@ def _with_head(
         packed = config.packing and can_pack(model)
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
-    return model, Collator(tokenizer.pad_token_id, packed)
+    return model, Collator(tokenizer.pad_token_id, packed, attention_width(model))
 
 
 def _rows(config: "BNFConfig", tokenizer: "PreTrainedTokenizerBase", console: "Console") -> tuple[list["Row"], list["Row"]]:

@@ -1,39 +1,41 @@
 """Responses of some rows to one batch: token ids packed without padding (or padded), and flat vectors over response tokens."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bnf_train.data import Row
 
 # what `forward` takes of a batch; of attention_mask and position_ids a batch has one
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "response_positions", "response_labels")
 
-WORTH_PACKING = 1.1  # times as many positions, padding included
+WORTH_PACKING = 1.1  # times as much work with padding as without
 
 
 class Collator:
     """Rows to tensors.
 
     Packed, all responses stand one behind the other in a single sequence, and positions that start again at 0 tell the
-    model where a response begins. Padded, each response is a sequence of its own; so are batches of about one length,
-    where attention over a packed sequence would cost more than the padding.
+    model where a response begins. Padded, each response is a sequence of its own; so are batches for which attention
+    over a packed sequence would cost more than the padding (`worth_packing`).
 
     Logits at position t - 1 predict token t: `response_positions` are the flat (sequence * length + t - 1) places of
     the hidden states that predict the response tokens `response_labels`. Which token pads plays no part.
     """
 
-    def __init__(self, pad_token_id: int, packed: bool = False) -> None:
-        self.pad_token_id, self.packed = pad_token_id, packed
+    def __init__(self, pad_token_id: int, packed: bool = False, attention_width: float = math.inf) -> None:
+        self.pad_token_id, self.packed, self.attention_width = pad_token_id, packed, attention_width
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         responses = [response for row in rows for response in row.responses]
         # rows without responses fill up the batches of the last step: one token, and nothing to predict
         ids = [torch.tensor(r.input_ids) for r in responses] or [torch.tensor([self.pad_token_id])]
         lengths = torch.tensor([len(x) for x in ids])
-        longest, total = int(lengths.max()), int(lengths.sum())
-        if self.packed and longest * len(ids) > WORTH_PACKING * total:
+        longest = int(lengths.max())
+        if self.packed and worth_packing(lengths.tolist(), self.attention_width):
             first = lengths.cumsum(0) - lengths
             batch = {
                 "input_ids": torch.cat(ids).unsqueeze(0),
@@ -67,3 +69,25 @@ def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype = torch.long) -> 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that a model with the log-odds head takes."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def worth_packing(lengths: Sequence[int], attention_width: float) -> bool:
+    """Whether sequences of these lengths are less work packed than padded to the longest.
+
+    work = positions + sum over sequences of length^2 / attention_width, in units of a position's work outside attention.
+    """
+
+    def work(sequences: Sequence[int]) -> float:
+        return sum(n + n * n / attention_width for n in sequences)
+
+    return work([max(lengths)] * len(lengths)) > WORTH_PACKING * work([sum(lengths)])
+
+
+def attention_width(model: PreTrainedModel) -> float:
+    """The length at which attention over the whole of a sequence is as much work as the rest of a layer.
+
+    A layer of width d multiplies about 12 d^2 weights a token, and attention 2 d numbers a token and position: 6 d.
+    Infinite for implementations that skip what a packed response does not see.
+    """
+    skips = str(model.config._attn_implementation).startswith(("flash", "flex"))
+    return math.inf if skips else 6.0 * float(getattr(model.config.get_text_config(), "hidden_size", math.inf))

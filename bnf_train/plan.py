@@ -11,6 +11,7 @@ prompt. All sizes are in bytes, GiB = 2^30 of them.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -167,7 +168,7 @@ def counted(rows: "Sequence[Row]", config: "BNFConfig", pad: int) -> Tokens:
         tokens=sum(lengths),
         response_tokens=sum(r.tokens for row in rows for r in row.responses),
         squares=float(sum(n * n for n in lengths)),
-        batch=_collated(max(batches, key=lambda batch: _positions(batch, config.packing)), config, pad),
+        batch=_collated(max(batches, key=lambda batch: _positions(batch, config)), config, pad),
     )
 
 
@@ -188,18 +189,22 @@ def estimated(rows: int, prompt: int, response: int, config: "BNFConfig") -> Tok
     )
 
 
-def _positions(rows: "Sequence[Row]", packed: bool) -> int:
-    from bnf_train.collate import WORTH_PACKING
-
-    lengths = [len(r.input_ids) for row in rows for r in row.responses]
-    padded = max(lengths) * len(lengths)
-    return sum(lengths) if packed and padded > WORTH_PACKING * sum(lengths) else padded
+def _positions(rows: "Sequence[Row]", config: "BNFConfig") -> int:
+    return _collated(rows, config, 0)["input_ids"].numel()
 
 
 def _collated(rows: "Sequence[Row]", config: "BNFConfig", pad: int) -> dict[str, "Tensor"]:
     from bnf_train.collate import Collator
 
-    return Collator(pad, config.packing)(rows)
+    return Collator(pad, config.packing, _attention_width(config.model, config.trust_remote_code))(rows)
+
+
+@functools.cache
+def _attention_width(name: str, trust_remote_code: bool) -> float:
+    """Of `bnf_train.collate.attention_width`, from the configuration alone: attention that computes what it masks."""
+    from transformers import AutoConfig
+
+    return 6.0 * float(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config().hidden_size)
 
 
 # --- memory: one function per term, bytes per process ------------------------------------------------------------------

@@ -45,6 +45,8 @@ class BNFTrainer(EnduringTrainer):
       Everything else: as transformers.Trainer. Data sets hold `bnf_train.data.Row`s, the model has the log-odds head.
     """
 
+    train_dataset: Any
+
     def __init__(
         self,
         *args: Any,
@@ -73,8 +75,9 @@ class BNFTrainer(EnduringTrainer):
             self.add_callback(_ProgressBar)
         if self.train_dataset is not None and self.accelerator.num_processes > 1:
             # accelerate would fill up the last batches with rows from the beginning, which would count twice
-            missing = -len(self.train_dataset) % (self.args.per_device_train_batch_size * self.accelerator.num_processes)
-            self.train_dataset = [*self.train_dataset, *[Row("", [])] * missing]
+            rows: list[Row] = list(self.train_dataset)
+            missing = -len(rows) % (self.args.per_device_train_batch_size * self.accelerator.num_processes)
+            self.train_dataset = rows + [Row("", [])] * missing
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Losses in the whole optimizer step, one per response or pair: every micro-batch, every process."""

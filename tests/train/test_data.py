@@ -511,3 +511,13 @@ def test_wrong_columns_name_what_was_found(tmp_path: Path) -> None:
     for name, message in (("none.jsonl", "no such file"), ("none", "no such file"), ("https://x/y.jsonl", "download it first")):
         with pytest.raises(UsageError, match=message):
             read_rows(name if "://" in name else str(tmp_path / name))
+
+
+def test_packing_is_chosen_where_it_is_less_work() -> None:
+    from bnf_train.collate import worth_packing
+
+    assert worth_packing([10, 100, 20, 30], float("inf"))
+    assert not worth_packing([100, 100, 100, 95], float("inf"))  # nearly no padding
+    assert worth_packing([100, 200, 150, 90], 3456)
+    assert not worth_packing([100, 200, 150, 90] * 8, 1152)  # attention over 4,000 positions is more than the padding
+    assert not worth_packing([7], float("inf"))
