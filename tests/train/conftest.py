@@ -59,15 +59,6 @@ def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     return folder
 
 
-PAIRS = [
-    {"prompt": f"What is {a} + {a}?", "chosen": f"It is {2 * a}.", "rejected": "I do not know" + "." * a} for a in range(1, 9)
-]
-SINGLES = [
-    {"prompt": f"What is {a} + {a}?", "completion": f"It is {2 * a + a % 3}." + "!" * a, "label": a % 3 == 0}
-    for a in range(1, 13)
-]
-
-
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
     def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> Path:

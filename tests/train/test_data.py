@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import PAIRS  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
+from preference_rows import PAIRS
 from rich.console import Console
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS  # type: ignore[import-not-found]
+from preference_rows import PAIRS
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIRS, SINGLES  # type: ignore[import-not-found]
+from preference_rows import PAIRS, SINGLES
 from safetensors.torch import load_file, save_file
 
 from bnf_train.__main__ import main

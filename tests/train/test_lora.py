@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import PAIRS  # type: ignore[import-not-found]
+from preference_rows import PAIRS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

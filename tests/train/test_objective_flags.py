@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIRS, SINGLES  # type: ignore[import-not-found]
+from preference_rows import PAIRS, SINGLES
 
 from bnf_core import OBJECTIVES, PAIRWISE, TokenBatch
 from bnf_train.__main__ import main

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIRS  # type: ignore[import-not-found]
+from preference_rows import PAIRS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 

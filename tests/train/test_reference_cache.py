@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIRS, SINGLES  # type: ignore[import-not-found]
+from preference_rows import PAIRS, SINGLES
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

@@ -12,8 +12,8 @@ import chromium  # type: ignore[import-not-found]
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, SINGLES  # type: ignore[import-not-found]
 from huggingface_hub import ModelCard
+from preference_rows import PAIRS, SINGLES
 from transformers import PreTrainedTokenizerFast
 
 from bnf_core import bnf_weight, token_log_odds

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
-from conftest import PAIRS  # type: ignore[import-not-found]
+from preference_rows import PAIRS
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments

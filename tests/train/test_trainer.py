@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIRS, SINGLES  # type: ignore[import-not-found]
+from preference_rows import PAIRS, SINGLES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import OBJECTIVES, bnf
