@@ -154,14 +154,19 @@ def _with_head(
     from bnf_train.load import load_model
     from bnf_train.lora import quantization
     from bnf_train.model_head import attach_log_odds_head, can_pack
-    from bnf_train.scale_out import gathered
+    from bnf_train.packed_attention import attend_by_response
+    from bnf_train.scale_out import compile_layers, gathered
 
     model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config))
+    if config.packing:
+        attend_by_response(model)
     with gathered(model):
         attach_log_odds_head(model)
         packed = config.packing and can_pack(model)
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
+    if config.torch_compile:
+        compile_layers(model, config.compile_backend, config.torch_compile_mode)
     return model, Collator(tokenizer.pad_token_id, packed, attention_width(model))
 
 

@@ -89,5 +89,5 @@ def attention_width(model: PreTrainedModel) -> float:
     A layer of width d multiplies about 12 d^2 weights a token, and attention 2 d numbers a token and position: 6 d.
     Infinite for implementations that skip what a packed response does not see.
     """
-    skips = str(model.config._attn_implementation).startswith(("flash", "flex"))
+    skips = str(model.config._attn_implementation).startswith(("flash", "flex", "sdpa_by"))
     return math.inf if skips else 6.0 * float(getattr(model.config.get_text_config(), "hidden_size", math.inf))

@@ -241,6 +241,8 @@ class BNFConfig(TrainingArguments):
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
+        # layers are compiled one by one in __main__; the trainer's compiled model would leave out the log-odds head's forward
+        self.compile_backend, self.torch_compile_backend = vars(self)["torch_compile_backend"], None
         if self.n_gpu > 1:
             # one process drives one device; torch.nn.DataParallel would split flat token vectors anywhere
             self._n_gpu = 1

@@ -206,6 +206,7 @@ def _manifest(
         "attention": str(model.config._attn_implementation),
         "head": "linear_log_odds",
         "packed": collator.packed,
+        "compiled": any(module._compiled_call_impl is not None for module in model.modules()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

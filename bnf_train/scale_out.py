@@ -1,4 +1,4 @@
-"""What FSDP2 and DeepSpeed ZeRO-3 need so that a sharded run computes what one process would.
+"""What torch.compile, FSDP2 and DeepSpeed ZeRO-3 need so that a run with them computes what it would without.
 
 The head's weight needs nothing here: it is used inside the head's own forward, where both have gathered it.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def keep_float32(accelerator: Accelerator) -> None:
@@ -58,3 +59,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
         yield
+
+
+def compile_layers(model: PreTrainedModel, backend: str, mode: str | None) -> None:
+    """--torch_compile: the model's repeated layers, each in place, so that one compilation serves all of them.
+
+    Shapes are dynamic, because no two packed batches are of one length.
+    """
+    names = set(model._no_split_modules or ())
+    for layer in model.modules():
+        if type(layer).__name__ in names:
+            layer.compile(backend=backend, mode=mode, dynamic=True)

@@ -30,7 +30,7 @@ SIDES = {"preferred": "chosen", "dispreferred": "rejected"}  # what metrics of o
 QUANTILES = (0.1, 0.5, 0.9)
 # mean |w - 1| before the first step; more than noise between two passes means that policy and reference differ
 MOST_NOISE = 1e-2
-MOST_NOISE_IN_HALF = 5e-2  # where activations are bf16 or fp16, batches of another shape alone make about 1e-2
+MOST_NOISE_IN_PADDED_HALF = 5e-2  # attention in bf16 or fp16 over another padding alone makes about 1.5e-2
 # per-response sums that evaluation gathers
 SUMS = ("responses", "losses", "loss", "paired", "tokens", "logp", "ref_logp", "weight", "clipped")
 
@@ -111,20 +111,21 @@ class BNFTrainer(EnduringTrainer):
             loss = losses.sum() * scale
         sums = self._sums(log_odds.detach(), batch, losses.detach())
         if model.training:
-            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._record(log_odds.detach(), batch, sums, int(tokens))
+            padded = "attention_mask" in inputs
+            tokens = inputs["attention_mask"].sum() if padded else inputs["input_ids"].numel()
+            self._record(log_odds.detach(), batch, sums, int(tokens), padded)
         return (loss, sums) if return_outputs else loss
 
     def _losses_in(self, inputs: Mapping[str, Tensor]) -> int:
         return len(inputs["preferred"]) // 2 if self.pairwise else len(inputs["preferred"])
 
     @torch.no_grad()
-    def _record(self, log_odds: Tensor, batch: TokenBatch, sums: Tensor, tokens: int) -> None:
+    def _record(self, log_odds: Tensor, batch: TokenBatch, sums: Tensor, tokens: int, padded: bool) -> None:
         """What the next log reports; before the first step, whether policy and reference are one."""
         assert batch.ref_log_odds is not None
         if self.starts_at_reference:
             self.starts_at_reference = False
-            self._check_start(log_odds, batch.ref_log_odds)
+            self._check_start(log_odds, batch.ref_log_odds, padded)
         self._sums_since_log.append(sums)
         self._labels_since_log.append(batch.preferred)
         self._tokens_since_log += tokens
@@ -133,13 +134,13 @@ class BNFTrainer(EnduringTrainer):
         self._ratios["preferred"].append(ratio[preferred])
         self._ratios["dispreferred"].append(ratio[~preferred])
 
-    def _check_start(self, log_odds: Tensor, ref_log_odds: Tensor) -> None:
+    def _check_start(self, log_odds: Tensor, ref_log_odds: Tensor, padded: bool) -> None:
         """On the first micro-batch of each process, with dropout as in training."""
         noise = (bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) - 1).abs()
         total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
         mean = total / max(tokens, 1)
         self._noise_at_start = mean
-        most = MOST_NOISE_IN_HALF if self.args.bf16 or self.args.fp16 else MOST_NOISE
+        most = MOST_NOISE_IN_PADDED_HALF if padded and (self.args.bf16 or self.args.fp16) else MOST_NOISE
         if mean > most:  # NaN is for the check of the loss, which names the rows
             raise UsageError(
                 f"before the first step the mean |w - 1| is {mean:.2g}, more than the {most:g} that noise explains: "

@@ -1,0 +1,61 @@
+"""Attention over packed responses, each on its own: the squares along the mask's diagonal, and nothing between them.
+
+Over a packed sequence of n tokens, scaled_dot_product_attention with a mask is work of order n^2, most of it masked.
+Cut at the places that see nothing before them it is what the responses cost alone, and computed as they would be alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_by_response"
+
+
+def attend_by_response(model: PreTrainedModel) -> None:
+    """Let a model that attends by "sdpa" attend within each packed response; other implementations are left alone."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+@torch.compiler.disable  # how many responses there are is another number in every batch
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As transformers' own for "sdpa", which it calls for each response."""
+    lengths, masks = _responses(attention_mask)
+    if len(lengths) < 2:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # split, not slices: the backward pass puts the parts together once, where slices would each be a tensor of zeros
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), masks, strict=True)
+    outputs = [sdpa_attention_forward(module, q, k, v, mask, **options)[0] for q, k, v, mask in parts]
+    return torch.cat(outputs, dim=1), None
+
+
+def _responses(mask: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
+    """How long each response is, and its part of the mask, None where that is the causal one; none where not packed.
+
+    Kept with the mask, which all layers share.
+    """
+    if mask is None or mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+        return [], []
+    if not hasattr(mask, "_responses"):
+        square = mask[0, 0]
+        first = [0, *(1 + (~square.diagonal(-1)).nonzero().flatten()).tolist(), len(square)]
+        lengths = [end - start for start, end in zip(first, first[1:], strict=False)]
+        masks: list[Tensor | None] = []
+        for start, end in zip(first, first[1:], strict=False):
+            if square[start:end, :start].any():  # it does see something before it
+                lengths, masks = [], []
+                break
+            own = square[start:end, start:end]
+            masks.append(None if own.equal(torch.ones_like(own).tril()) else own[None, None])
+        mask._responses = lengths, masks  # type: ignore[attr-defined]
+    return mask._responses  # type: ignore[attr-defined,no-any-return]
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
