@@ -7,9 +7,10 @@ The batch              TokenBatch; sequence_logps, pair_logps
 BNF                    bnf, bnf_binary (T2), bnf_weight, bnf_target
 Every objective        OBJECTIVES by name (PAIRWISE: those with one loss per pair)
 Every constraint       constraints: C_w, C_l of each objective in closed form
+What training moved    analysis: shifts of log-likelihoods and logits, Gini, percentile bins (figures 3, 4)
 """
 
-from bnf_core import constraints, reference
+from bnf_core import analysis, constraints, reference
 from bnf_core.batch import PairLogps, TokenBatch, pair_logps, sequence_logps
 from bnf_core.fused import linear_bnf_loss
 from bnf_core.head import linear_log_odds, linear_token_loss, token_log_odds
@@ -23,6 +24,7 @@ __all__ = [
     "Objective",
     "PairLogps",
     "TokenBatch",
+    "analysis",
     "bnf",
     "bnf_binary",
     "bnf_target",

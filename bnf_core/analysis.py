@@ -1,0 +1,353 @@
+"""What training moved: log-likelihood and logit shifts of responses, how unevenly tokens share them (figures 3 and 4).
+
+Vectors are flat over response tokens. `response` (tokens,) says which response each token belongs to, as in `TokenBatch`.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bnf_core._checks import IGNORE, check_floating, check_labels, check_positive, check_same_device, describe, first_position
+
+__all__ = [
+    "bin_shares",
+    "gini",
+    "log_likelihood_shift",
+    "logit_shift",
+    "percentile_edges",
+    "target_logits",
+    "token_log_likelihood_shift",
+    "token_logit_shift",
+]
+
+
+def target_logits(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    labels: Int[Tensor, " tokens"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Logit of the target token alone, from rows of the head's weight.
+
+    z_y = cap(logit_scale * (hidden . weight_y + bias_y)),     cap(x) = softcap * tanh(x / softcap),
+
+    which are 2 * tokens * dim operations and no product with the vocabulary. Logits, unlike log-odds, depend on more than
+    the distribution: a constant added to all logits of a position changes z_y and nothing else.
+
+    Args:
+      hidden: last hidden states of response tokens only. Differentiable.
+      weight: the language-model head's weight. Differentiable.
+      labels: the token that each hidden state predicts; -100 for none.
+      bias, softcap, logit_scale: as for `linear_log_odds`.
+
+    Returns:
+      float64 if the operands are, else float32, summed in that dtype from operands in their own (under autocast: rounded
+      to autocast's); 0 where the label is -100.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, or a label outside the vocabulary.
+
+    Example:
+      >>> import torch
+      >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.5]])
+      >>> target_logits(hidden, weight, torch.tensor([1]))
+      tensor([4.])
+    """
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
+        raise ValueError(
+            "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
+        )
+    check_labels(labels, (hidden.shape[0],), weight.shape[0])
+    if bias is not None:
+        check_floating("bias", bias, (weight.shape[0],))
+    check_same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_positive("logit_scale", logit_scale)
+    device = hidden.device.type
+    with_autocast = torch.is_autocast_enabled(device)
+    operand = torch.get_autocast_dtype(device) if with_autocast else torch.promote_types(hidden.dtype, weight.dtype)
+    wide = torch.float64 if operand == torch.float64 else torch.float32
+    ignored = labels == IGNORE
+    rows = labels.long().masked_fill(ignored, 0)
+    with torch.autocast(device, enabled=False):
+        z = (hidden.to(operand).to(wide) * weight.index_select(0, rows).to(operand).to(wide)).sum(-1)
+        if bias is not None:
+            z = z + bias.index_select(0, rows).to(wide)
+        z = z * logit_scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+    return z.masked_fill(ignored, 0)
+
+
+def token_log_likelihood_shift(
+    log_odds: Float[Tensor, " tokens"], ref_log_odds: Float[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
+    """How far the policy moved the log-likelihood of each token from the reference's (figure 4).
+
+    log pi_y - log pi_ref,y = log sigmoid(l) - log sigmoid(l_ref), in nats.
+
+    Args:
+      log_odds, ref_log_odds: of each token under policy and reference, in nats; +inf where nothing else is possible.
+
+    Returns:
+      float64 if an operand is, else float32.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, NaN or -inf (named by its position).
+
+    Example:
+      >>> import torch
+      >>> token_log_likelihood_shift(torch.tensor([0.0, 1.0]), torch.tensor([-1.0986123, 1.0]))  # 0.5 from 0.25
+      tensor([0.6931, 0.0000])
+    """
+    log_odds, ref_log_odds = _checked("log_odds", log_odds, ref_log_odds, certain=True)
+    return F.logsigmoid(log_odds) - F.logsigmoid(ref_log_odds)
+
+
+def token_logit_shift(logits: Float[Tensor, " tokens"], ref_logits: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Absolute distance of each token's logit from the reference's: |z_y - z_ref,y|, >= 0.
+
+    Args:
+      logits, ref_logits: z_y of each token under policy and reference, from `target_logits`.
+
+    Returns:
+      float64 if an operand is, else float32.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, NaN or infinite logits (named by their position).
+
+    Example:
+      >>> import torch
+      >>> token_logit_shift(torch.tensor([2.0, -1.0]), torch.tensor([3.5, -1.0]))
+      tensor([1.5000, 0.0000])
+    """
+    logits, ref_logits = _checked("logits", logits, ref_logits)
+    return (logits - ref_logits).abs()
+
+
+def log_likelihood_shift(
+    log_odds: Float[Tensor, " tokens"],
+    ref_log_odds: Float[Tensor, " tokens"],
+    response: Int[Tensor, " tokens"],
+    *,
+    normalized: bool = False,
+) -> Float[Tensor, " responses"]:
+    """Log-likelihood shift of each response (figure 3a), or per token of it (figure 3d).
+
+    sum_t (log pi_t - log pi_ref,t), in nats;     normalized: the same over |y|, in nats per token.
+
+    Args:
+      log_odds, ref_log_odds: of each token under policy and reference, in nats.
+      response: index of the response that each token belongs to, from 0 to responses - 1, in any order.
+      normalized: divide by the length of the response.
+
+    Raises:
+      ValueError: as `token_log_likelihood_shift`, or a response without a token (named by its row).
+
+    Example:
+      >>> import torch
+      >>> half, quarter = torch.zeros(3), torch.full((3,), -1.0986123)
+      >>> log_likelihood_shift(half, quarter, torch.tensor([0, 0, 1]))
+      tensor([1.3863, 0.6931])
+    """
+    return _per_response(token_log_likelihood_shift(log_odds, ref_log_odds), response, normalized)
+
+
+def logit_shift(
+    logits: Float[Tensor, " tokens"],
+    ref_logits: Float[Tensor, " tokens"],
+    response: Int[Tensor, " tokens"],
+    *,
+    normalized: bool = False,
+) -> Float[Tensor, " responses"]:
+    """Absolute logit shift of each response (figure 3b), or per token of it (figure 3e).
+
+    sum_t |z_t,y - z_ref,t,y|;     normalized: the same over |y|.
+
+    Args:
+      logits, ref_logits: z_y of each token under policy and reference, from `target_logits`.
+      response: index of the response that each token belongs to, from 0 to responses - 1, in any order.
+      normalized: divide by the length of the response.
+
+    Raises:
+      ValueError: as `token_logit_shift`, or a response without a token (named by its row).
+
+    Example:
+      >>> import torch
+      >>> logit_shift(torch.tensor([2.0, -1.0]), torch.tensor([3.5, -1.5]), torch.tensor([0, 0]), normalized=True)
+      tensor([1.])
+    """
+    return _per_response(token_logit_shift(logits, ref_logits), response, normalized)
+
+
+def gini(values: Float[Tensor, " tokens"], response: Int[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
+    """Gini coefficient of each response's token values: how few tokens hold most of their sum (figure 3f: logit shifts).
+
+    G = sum_i sum_j |x_i - x_j| / (2 n sum_i x_i) = sum_i (2 i - n - 1) x_(i) / (n sum_i x_i),   x_(1) <= ... <= x_(n).
+
+    0 where all are equal, (n - 1) / n where one token holds everything; 0 by definition where all are 0 (nothing moved)
+    and for a response of one token. It depends on n: compare responses of like length.
+
+    Args:
+      values: >= 0 and finite, one per token, as from `token_logit_shift`.
+      response: index of the response that each token belongs to, from 0 to responses - 1, in any order.
+
+    Returns:
+      In [0, 1), float64 for float64 values, else float32.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, a negative or infinite value or NaN (named by its position), or a response
+        without a token (named by its row).
+
+    Source: Gini, Variabilita e mutabilita, 1912.
+
+    Example:
+      >>> import torch
+      >>> gini(torch.tensor([2.0, 2.0, 0.0, 0.0, 0.0, 5.0]), torch.tensor([0, 0, 1, 1, 1, 1]))
+      tensor([0.0000, 0.7500])
+    """
+    check_floating("values", values)
+    bad = ~((values >= 0) & values.isfinite())
+    if bad.any():
+        at = first_position(bad)
+        raise ValueError(f"values: expected finite numbers of at least 0, got {values[at].item()} at position {list(at)}.")
+    lengths = _lengths(values, response)
+    response, x = response.long(), _wide(values)
+    # in units of the largest: equal values are exactly 1, and no sum overflows
+    largest = x.new_zeros(len(lengths)).scatter_reduce(0, response, x, "amax")
+    x = x / torch.where(largest > 0, largest, 1)[response]
+    order = x.argsort()
+    order = order[response[order].argsort(stable=True)]  # response by response, ascending in each
+    first = lengths.cumsum(0) - lengths
+    rank = torch.arange(1, len(x) + 1, device=x.device) - first.repeat_interleave(lengths)
+    n, total = lengths.to(x.dtype), x.new_zeros(len(lengths)).index_add(0, response, x)
+    weighted = (2 * rank - lengths.repeat_interleave(lengths) - 1) * x[order]
+    difference = x.new_zeros(len(lengths)).index_add(0, response[order], weighted)
+    return difference.clamp(min=0) / (n * torch.where(total > 0, total, 1))  # rounding may leave a little below 0
+
+
+def percentile_edges(values: Float[Tensor, " tokens"], bins: int = 10) -> Float[Tensor, " edges"]:
+    """Inner edges of bins that each hold the same share of `values`: the deciles for ten bins (figure 4).
+
+    edge_k = the k / bins quantile, k = 1 .. bins - 1, interpolated linearly between neighbours (NumPy's default).
+
+    Args:
+      values: token shifts of the method that the others are held against.
+      bins: how many, at least 1.
+
+    Returns:
+      (bins - 1,), ascending; float64 for float64 values, else float32.
+
+    Raises:
+      ValueError: no values, a wrong shape or dtype, NaN or infinite values, or no bin.
+
+    Example:
+      >>> import torch
+      >>> percentile_edges(torch.arange(11.0), bins=5)
+      tensor([2., 4., 6., 8.])
+    """
+    _check_vector("values", values)
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}.")
+    ordered = _wide(values).sort().values
+    place = torch.arange(1, bins, device=values.device, dtype=torch.float64) * (len(ordered) - 1) / bins
+    below = place.floor().long()
+    above = (below + 1).clamp(max=len(ordered) - 1)
+    return ordered[below].lerp(ordered[above], (place - below).to(ordered.dtype))
+
+
+def bin_shares(values: Float[Tensor, " tokens"], edges: Float[Tensor, " edges"]) -> Float[Tensor, " bins"]:
+    """Share of `values` in each of the bins between `edges` (figure 4); the first and the last bin are open to the outside.
+
+    A value on an edge counts half in either bin; on k edges that coincide, 1 / (k + 1) in each of the bins that meet
+    there. So the values that the edges came from fill every bin alike (to within a token), even where they are all equal.
+
+    Args:
+      values: token shifts of any method.
+      edges: from `percentile_edges`, ascending.
+
+    Returns:
+      (edges + 1,), sums to 1; float64 for float64 values, else float32.
+
+    Raises:
+      ValueError: no values, a wrong shape, dtype or device, NaN or infinite values, or edges that descend.
+
+    Example:
+      >>> import torch
+      >>> bin_shares(torch.tensor([-3.0, 0.0, 0.5, 9.0]), torch.tensor([0.0, 1.0]))
+      tensor([0.3750, 0.3750, 0.2500])
+    """
+    _check_vector("values", values)
+    check_floating("edges", edges)
+    if edges.dim() != 1 or (edges.diff() < 0).any() or edges.isnan().any():
+        raise ValueError(f"edges: expected one ascending vector, got {edges.tolist()}.")
+    check_same_device(values=values, edges=edges)
+    both = torch.promote_types(_wide(values).dtype, edges.dtype)
+    x, e = values.to(both), edges.to(both)
+    first, last = torch.searchsorted(e, x), torch.searchsorted(e, x, right=True)  # equal but on an edge
+    share = 1 / (last - first + 1).to(torch.float64)
+    starts = share.new_zeros(len(e) + 2).index_add(0, first, share).index_add(0, last + 1, -share)
+    return (starts.cumsum(0)[:-1] / len(x)).to(_wide(values).dtype)
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _checked(name: str, values: Tensor, ref_values: Tensor, certain: bool = False) -> tuple[Tensor, Tensor]:
+    """Policy's and reference's values of the same tokens, in float32 or better; finite, or +inf if `certain` admits it."""
+    check_floating(name, values)
+    if values.dim() != 1:
+        raise ValueError(f"{name}: expected shape (tokens,), got {describe(values)}.")
+    check_floating(f"ref_{name}", ref_values, tuple(values.shape))
+    check_same_device(**{name: values, f"ref_{name}": ref_values})
+    for called, value in ((name, values), (f"ref_{name}", ref_values)):
+        _check_finite(called, value, certain)
+    return _wide(values), _wide(ref_values)
+
+
+def _check_finite(name: str, values: Tensor, certain: bool = False) -> None:
+    bad = values.isnan() | values.isneginf() if certain else ~values.isfinite()
+    if bad.any():
+        at = first_position(bad)
+        raise ValueError(f"{name}: expected finite numbers, got {values[at].item()} at position {list(at)}.")
+
+
+def _check_vector(name: str, values: Tensor) -> None:
+    check_floating(name, values)
+    if values.dim() != 1 or not len(values):
+        raise ValueError(f"{name}: expected shape (tokens,) with at least one token, got {describe(values)}.")
+    _check_finite(name, values)
+
+
+def _lengths(values: Tensor, response: Tensor) -> Tensor:
+    """|y| of each response."""
+    if not isinstance(response, Tensor) or response.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"response: expected an int32 or int64 tensor, got {describe(response)}.")
+    if response.dim() != 1 or response.shape != values.shape:
+        raise ValueError(f"response: expected shape {tuple(values.shape)}, one per token, got {describe(response)}.")
+    check_same_device(values=values, response=response)
+    if (bad := response < 0).any():
+        at = first_position(bad)
+        raise ValueError(f"response: expected indices from 0, got {response[at].item()} at position {list(at)}.")
+    lengths = response.bincount()
+    if (empty := (lengths == 0).nonzero()).numel():
+        raise ValueError(f"response: expected at least one token in every response, got none in row {int(empty[0])}.")
+    return lengths
+
+
+def _per_response(values: Tensor, response: Tensor, normalized: bool) -> Tensor:
+    lengths = _lengths(values, response)
+    total = values.new_zeros(len(lengths)).index_add(0, response, values)
+    return total / lengths if normalized else total
