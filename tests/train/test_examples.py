@@ -49,9 +49,19 @@ def gradients() -> Iterator[dict[int, dict[int, tuple[Tensor, Tensor]]]]:
     handle.remove()
 
 
-def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
-    """The example as `python examples/name` runs it; what it has defined at the end."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
+@pytest.fixture
+def short_rows(tmp_path: Path) -> Path:
+    """The four shortest rows of each label."""
+    rows = sorted(read_rows(str(demo.PREFERENCES)), key=lambda row: len(row["prompt"] + row["completion"]))
+    some = [row for label in (True, False) for row in [row for row in rows if row["label"] is label][:4]]
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return path
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: Path) -> dict[str, Any]:
+    """The example as `python examples/name arguments` runs it; what it has defined at the end."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
@@ -111,9 +121,11 @@ def test_plain_pytorch(gradients: Any, monkeypatch: pytest.MonkeyPatch, capsys: 
     check_gradients(gradients, example["model"], padded(example["responses"]))
 
 
-def test_transformers_trainer(gradients: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_trainer(
+    gradients: Any, short_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Eight responses in four forward passes: one mean over all of them."""
-    example = run("transformers_trainer.py", monkeypatch)
+    example = run("transformers_trainer.py", monkeypatch, demo.MODEL, short_rows)
     preferred, dispreferred = shifts(capsys.readouterr().out)
     assert preferred > 0 > dispreferred
     norms = check_gradients(gradients, example["model"], padded(example["responses"]), max_norm=1.0)  # Trainer's default
@@ -121,9 +133,11 @@ def test_transformers_trainer(gradients: Any, monkeypatch: pytest.MonkeyPatch, c
     assert [float(logged[step]) for step in STEPS] == pytest.approx(norms, rel=1e-3)
 
 
-def test_trl_trainer(gradients: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trl_trainer(
+    gradients: Any, short_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("trl", reason="TRL is no dependency; the example needs it")
-    example = run("trl_trainer.py", monkeypatch)
+    example = run("trl_trainer.py", monkeypatch, demo.MODEL, short_rows)
     preferred, dispreferred = shifts(capsys.readouterr().out)
     assert preferred > 0 > dispreferred
     batch = next(iter(example["trainer"].get_train_dataloader()))
@@ -131,8 +145,8 @@ def test_trl_trainer(gradients: Any, monkeypatch: pytest.MonkeyPatch, capsys: py
     check_gradients(gradients, example["trainer"].model, (batch["input_ids"], labels, batch["label"]), max_norm=1.0)
 
 
-def test_own_token_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run("own_token_loss.py", monkeypatch)
+def test_own_token_loss(short_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("own_token_loss.py", monkeypatch, demo.MODEL, short_rows)
     lines = capsys.readouterr().out.splitlines()
     (preferred, dispreferred), (preferred_after, dispreferred_after) = shifts(lines[0]), shifts(lines[-1])
     assert preferred_after - preferred > 0 > dispreferred_after - dispreferred
