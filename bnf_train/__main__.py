@@ -64,7 +64,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
     from bnf_train.lora import add_lora
     from bnf_train.objectives import resolve
     from bnf_train.reference_cache import add_ref_log_odds, check_same_tokens
-    from bnf_train.scale_out import gathered
+    from bnf_train.scale_out import gathered, trained
     from bnf_train.trainer import BNFTrainer
 
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
@@ -128,7 +128,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
         processing_class=tokenizer,
     )
     console.print(
-        f"Training {model.num_parameters(only_trainable=True) / 1e6:.1f} M parameters on {config.device.type}, "
+        f"Training {trained(model) / 1e6:.1f} M parameters on {config.device.type}, "
         f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
         f"learning rate {config.learning_rate:g}, objective {config.objective}."
     )

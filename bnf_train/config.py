@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
-from bnf_train import demo, objectives
+from bnf_train import demo, objectives, scale_out
 from bnf_train.checkpoint import resumes
 from bnf_train.errors import UsageError
 from bnf_train.read import WHY_NOT_STREAMED
@@ -241,6 +241,8 @@ class BNFConfig(TrainingArguments):
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
+        if self.deepspeed_plugin is not None and self.bf16:
+            scale_out.load_in_float32(self.deepspeed_plugin)
         # layers are compiled one by one in __main__; the trainer's compiled model would leave out the log-odds head's forward
         self.compile_backend, self.torch_compile_backend = vars(self)["torch_compile_backend"], None
         if self.n_gpu > 1:

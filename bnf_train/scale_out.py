@@ -1,4 +1,4 @@
-"""What torch.compile, FSDP2 and DeepSpeed ZeRO-3 need so that a run with them computes what it would without.
+"""What torch.compile, DDP, FSDP2 and DeepSpeed ZeRO-3 need so that a run with them computes what it would without.
 
 The head's weight needs nothing here: it is used inside the head's own forward, where both have gathered it.
 """
@@ -9,8 +9,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def load_in_float32(plugin: DeepSpeedPlugin) -> None:
+    """Under ZeRO-3 weights are split, and rounded to what the plugin says, while they are loaded: call it before that.
+
+    It is to say nothing: float32 against --bf16 would be a contradiction to transformers.
+    """
+    plugin.deepspeed_config.pop("bf16", None)
+    plugin.set_deepspeed_weakref()  # a copy, which transformers reads when it loads a model
 
 
 def keep_float32(accelerator: Accelerator) -> None:
@@ -29,7 +41,9 @@ def keep_float32(accelerator: Accelerator) -> None:
         fsdp.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if deepspeed is not None:
         deepspeed.deepspeed_config["bf16"] = {"enabled": False}
-        deepspeed.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # no modules whose weights and gradients would be gathered and added up in bf16
+        in_float32 = {"lower_precision_safe_modules": []}
+        deepspeed.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} | in_float32
 
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
@@ -38,6 +52,38 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
         return nullcontext()
     # no cache: bf16 copies of layers would outlive the layers' own weights, which FSDP2 frees
     return torch.autocast(accelerator.device.type, torch.bfloat16, cache_enabled=False)
+
+
+def wait_for_every_gradient(accelerator: Accelerator, model: nn.Module) -> None:
+    """Under DDP, search each step's graph for weights without a gradient only where the model has such.
+
+    transformers has the search always on, which costs a walk over the graph a step and PyTorch's warning.
+    """
+    if accelerator.distributed_type in DDP and accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = bool(unreached(model))
+
+
+def unreached(model: nn.Module) -> list[str]:
+    """Names of trained weights that log-odds of text do not depend on: a vision tower, an expert that no token went to.
+
+    Looked for as DDP does, in the graph of a forward pass: of a few tokens, in evaluation mode, no gradient computed.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)
+    training = model.training
+    with torch.enable_grad():
+        log_odds, _ = model.eval()(
+            input_ids=ids.unsqueeze(0), response_positions=torch.arange(7, device=device), response_labels=ids[1:]
+        )
+    model.train(training)
+    reached, seen, nodes = set(), set(), [log_odds.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))  # of the nodes that add up a weight's gradient
+            nodes += [before for before, _ in node.next_functions]
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
 
 
 def without_tied(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,6 +105,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
         yield
+
+
+def trained(model: nn.Module) -> int:
+    """How many numbers are trained, over all processes: ZeRO-3 leaves empty tensors where weights were."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def compile_layers(model: PreTrainedModel, backend: str, mode: str | None) -> None:

@@ -57,6 +57,8 @@ class BNFTrainer(EnduringTrainer):
     ) -> None:
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
         scale_out.keep_float32(self.accelerator)
+        if self.args.ddp_find_unused_parameters is None:
+            scale_out.wait_for_every_gradient(self.accelerator, self.model)
         self._weights_moved = WeightsMoved()
         self.add_callback(self._weights_moved)
         self.objective = objective
@@ -140,7 +142,8 @@ class BNFTrainer(EnduringTrainer):
         total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
         mean = total / max(tokens, 1)
         self._noise_at_start = mean
-        most = MOST_NOISE_IN_PADDED_HALF if padded and (self.args.bf16 or self.args.fp16) else MOST_NOISE
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize < 4
+        most = MOST_NOISE_IN_PADDED_HALF if padded and half else MOST_NOISE
         if mean > most:  # NaN is for the check of the loss, which names the rows
             raise UsageError(
                 f"before the first step the mean |w - 1| is {mean:.2g}, more than the {most:g} that noise explains: "

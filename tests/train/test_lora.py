@@ -1,5 +1,7 @@
 """LoRA: it starts as the reference, trains what it should, and what it saves is the trained model."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,16 +10,19 @@ import peft
 import pytest
 import torch
 from preference_rows import PAIRS
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bnf_train.__main__ import main
+from bnf_train.checkpoint import checkpoints
 from bnf_train.config import BNFConfig, parse
 from bnf_train.errors import UsageError
 from bnf_train.load import load_model
 from bnf_train.lora import add_lora, quantization
 from bnf_train.model_head import attach_log_odds_head
+from bnf_train.trainer import BNFTrainer
 
 IDS = torch.arange(1, 25).view(2, 12)
 POSITIONS = torch.arange(3, 11)
@@ -122,6 +127,40 @@ def test_the_saved_adapter_merged_is_the_trained_model(
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(again(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
     assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_stopped_and_resumed_the_adapter_is_the_same(
+    folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise, with a head trained whole and random numbers drawn (dropout); SIGTERM comes in the middle of the third step."""
+    step, count = BNFTrainer.training_step, 0
+
+    def training_step(self: BNFTrainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    def train(output: str, *flags: str) -> int:
+        arguments = ["--model", str(folder), "--dataset", str(rows), "--output_dir", str(tmp_path / output), "--eval_size", "0"]
+        arguments += ["--batch_size", "4", "--per_device_train_batch_size", "2", "--num_train_epochs", "2", "--bf16", "false"]
+        arguments += ["--learning_rate", "1e-2", "--save_strategy", "steps", "--save_steps", "100", "--disable_tqdm", "true"]
+        arguments += ["--use_peft", "--lora_r", "4", "--lora_dropout", "0.01", "--lora_modules_to_save", "lm_head", *flags]
+        return main(arguments)
+
+    rows = write_rows(PAIRS)
+    assert train("undisturbed") == 0
+    monkeypatch.setattr(BNFTrainer, "training_step", training_step)
+    assert train("stopped") == 128 + signal.SIGTERM
+    assert [c.name for c in checkpoints(tmp_path / "stopped")] == ["checkpoint-2"]
+    assert train("stopped", "--resume_from_checkpoint", "auto") == 0
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("stopped", "undisturbed"))
+    assert ours.keys() == theirs.keys()
+    assert any("lora_" in name for name in ours)
+    assert any("lm_head" in name or "embed_tokens" in name for name in ours)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
 
 
 def test_what_cannot_be_is_refused_with_a_reason(folder: Path) -> None:

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bnf_core import reference, token_log_odds
+from bnf_core import linear_log_odds, reference, token_log_odds
+from bnf_train import model_head
 from bnf_train.errors import UsageError
 from bnf_train.model_head import attach_log_odds_head, can_pack
 
@@ -83,6 +85,39 @@ def test_an_unknown_head_is_refused() -> None:
     scaled.forward = other_head
     with pytest.raises(UsageError, match="of a kind that is not supported"):
         attach_log_odds_head(scaled)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bf16_weights_pass_and_another_head_does_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own bf16 logits are rounded; ours are not, and the check still tells a wrong bias, scale or softcap."""
+    model = tiny(name).bfloat16()
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(8)  # logits of tens, which bf16 rounds by more than a head may be off
+        if head.bias is not None:
+            torch.nn.init.normal_(head.bias, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(9).unsqueeze(0)
+    exact = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float() @ head.weight.float().T
+    assert name in ("gemma2", "cohere", "granite", "phi") or (model(input_ids=ids).logits - exact).abs().max() > 1e-2
+    attach_log_odds_head(model)
+    assert can_pack(model)
+    scale, cap = model_head._logit_scale(model), model_head._softcap(model)
+    wrong: list[tuple[str, Any]] = [("_logit_scale", lambda _: 1.02 * scale)]
+    if cap is not None:
+        wrong.append(("_softcap", lambda _: 1.05 * cap))
+    if head.bias is not None:
+        wrong.append(("_head_forward", _without_bias))
+    for function, other in wrong:
+        with monkeypatch.context() as patch:
+            patch.setattr(model_head, function, other)
+            with pytest.raises(UsageError, match="of a kind that is not supported"):
+                attach_log_odds_head(model)
+
+
+def _without_bias(head: Any, hidden: Tensor, response_labels: Tensor | None = None, *args: Any, **options: Any) -> Any:
+    if response_labels is None:
+        return type(head).forward(head, hidden)
+    return linear_log_odds(hidden, head.weight, response_labels, **options)
 
 
 def test_head_and_objective_are_the_papers_loss() -> None:

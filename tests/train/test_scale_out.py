@@ -1,5 +1,6 @@
 """Two processes, DDP or FSDP2, compute what one computes, and leave the same model folder; did weights move at all."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -12,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
 from preference_rows import PAIRS
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from bnf_train.__main__ import main
+from bnf_train.checkpoint import checkpoints
 from bnf_train.weights_moved import WeightsMoved
 
 ROOT = Path(__file__).parents[2]
@@ -51,16 +53,39 @@ def flags(tokenizer: PreTrainedTokenizerFast, write_rows: Callable[..., Path], t
     return make
 
 
-def torchrun(*command: str, **environment: str) -> None:
+def launch(configuration: str, *command: str, machines: int = 1) -> str:
+    """`accelerate launch` with a file of ours, of two processes on CPUs; returns what they wrote to stderr."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(
-        [*launcher, *command], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(ROOT / "bnf_train" / "configs" / configuration), "--num_processes", "2"]
+    address = ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    processes = [
+        subprocess.Popen(
+            [*launcher, *address, "--machine_rank", str(rank), *command],
+            env={**os.environ, **cpu},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(machines)
+    ]
+    try:
+        errors = "".join(process.communicate(timeout=300)[1] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * machines, errors[-5000:]
+    return errors
+
+
+def launch_runs(configuration: str, folder: Path, *runs: dict[str, Any], machines: int = 1) -> None:
+    """Several runs, one after the other, in the two processes of one launch."""
+    (folder / "runs.jsonl").write_text("\n".join(map(json.dumps, runs)))
+    launch(configuration, str(Path(__file__).with_name("runs_on_cpu.py")), str(folder / "runs.jsonl"), machines=machines)
 
 
 def trace(folder: Path) -> list[float]:
@@ -78,25 +103,51 @@ def same_run(folder: Path, expected: Path, file: str = "model.safetensors", loss
 
 def test_two_processes_with_ddp_are_one(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     assert main(flags("one", 1, True, False)) == 0
-    torchrun("-m", "bnf_train", *flags("two", 2, True, False))
+    said = launch("ddp.yaml", "-m", "bnf_train", *flags("two", 2, True, False))
     same_run(tmp_path / "two", tmp_path / "one")
+    assert "find_unused_parameters" not in said
+
+
+def test_stopped_and_resumed_two_processes_end_with_the_same_weights(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Bitwise. One of the two is told to stop, in the middle of the third step; random numbers are drawn (dropout)."""
+    more = ("--save_strategy", "steps", "--save_steps", "100", "--per_device_train_batch_size", "1")
+    undisturbed, stopped = (flags(name, 2, False, False, *more) for name in ("undisturbed", "stopped"))
+    config = tmp_path / "untied" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.001}))
+    resumed = [*stopped, "--resume_from_checkpoint", "auto"]
+    launch_runs("ddp.yaml", tmp_path, {"flags": undisturbed}, {"flags": stopped, "stop": [1, 5]}, {"flags": resumed})
+    assert [c.name for c in checkpoints(tmp_path / "stopped")] == ["checkpoint-2", "checkpoint-6"]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "undisturbed"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
 
 
 def test_two_processes_with_fsdp2_are_one(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     """Tied and untied, float32 and bf16 autocast, all weights or an adapter; what is saved is a whole ordinary folder."""
-    settings = yaml.safe_load((ROOT / "bnf_train" / "configs" / "fsdp2.yaml").read_text())["fsdp_config"]
-    name = {run: "-".join(map(str, run)) for run in RUNS}
-    lines = [json.dumps(flags(f"two-{name[run]}", 2, *run)) for run in RUNS]
-    (tmp_path / "runs.jsonl").write_text("\n".join(lines))
-    torchrun(
-        str(Path(__file__).with_name("fsdp2_on_cpu.py")),
-        str(tmp_path / "runs.jsonl"),
-        ACCELERATE_USE_FSDP="true",
-        **{key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in settings.items()},
-    )
-    for run in RUNS:
+    launch_and_compare("fsdp2.yaml", flags, tmp_path, RUNS)
+
+
+@pytest.mark.slow  # two launchers and two processes on two cores
+def test_two_machines_with_fsdp2_are_one_process(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Two launchers that find each other by an address, as on two machines."""
+    launch_and_compare("multi_node.yaml", flags, tmp_path, RUNS[:1], machines=2)
+
+
+@pytest.mark.slow  # DeepSpeed's import alone takes half a minute of two cores
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_two_processes_with_zero3_are_one(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    launch_and_compare("deepspeed_zero3.yaml", flags, tmp_path, RUNS)
+
+
+def launch_and_compare(
+    configuration: str, flags: Callable[..., list[str]], folder: Path, runs: list[tuple[Any, ...]], machines: int = 1
+) -> None:
+    name = {run: "-".join(map(str, run)) for run in runs}
+    launch_runs(configuration, folder, *({"flags": flags(f"two-{name[run]}", 2, *run)} for run in runs), machines=machines)
+    for run in runs:
         assert main(flags(f"one-{name[run]}", 1, *run)) == 0
-        one, two = tmp_path / f"one-{name[run]}", tmp_path / f"two-{name[run]}"
+        one, two = folder / f"one-{name[run]}", folder / f"two-{name[run]}"
         if run[2:]:
             same_run(two, one, "adapter_model.safetensors")
         else:
@@ -109,7 +160,9 @@ def test_two_processes_with_fsdp2_are_one(flags: Callable[..., list[str]], tmp_p
 def test_a_configuration_is_what_accelerate_reads(path: Path) -> None:
     text = path.read_text()
     assert f"accelerate launch --config_file {path.name}" in text.split("compute_environment")[0]  # its launch line
-    config = ClusterConfig.from_yaml_file(yaml_file=path)
+    config = ClusterConfig.from_yaml_file(yaml_file=path)  # refuses keys that it does not know, but not the nested ones
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    assert {*config.fsdp_config, *config.deepspeed_config} <= options.keys()
     assert config.mixed_precision == "no"  # the flag --bf16 decides
     if path.name in ("fsdp2.yaml", "multi_node.yaml"):
         assert config.fsdp_config["fsdp_version"] == 2
@@ -144,3 +197,22 @@ def test_updates_lost_to_rounding_are_noticed(
     assert before == low_rate == after == {}  # measured once
     assert low <= log["bnf/weights_moved"] <= high
     assert ("lost to rounding" in caplog.text) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_bf16_weights_move_by_stochastic_rounding(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """As far as float32 weights do, on average, though each step is a tenth of a bf16 weight's spacing or less."""
+    file = Path(flags("", 1, False, False)[1]) / "model.safetensors"
+    before = {name: value.bfloat16().float() for name, value in load_file(file).items()}
+    save_file(before, file, metadata={"format": "pt"})
+
+    def moved(output: str, *more: str) -> Tensor:
+        with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, for each shape of a weight
+            assert main(flags(output, 1, False, False, *more)) == 0
+        after = load_file(tmp_path / output / "model.safetensors")
+        return torch.cat([(after[name].float() - value).flatten() for name, value in before.items()])
+
+    more = ("--learning_rate", "5e-5", "--lr_scheduler_type", "constant")
+    single = moved("float32", *more)
+    half = moved("bfloat16", *more, "--dtype", "bfloat16", "--optim", "adamw_torch_8bit")
+    assert single @ half / (single @ single) == pytest.approx(1, abs=0.2)
