@@ -9,7 +9,9 @@ Without arguments it trains the embedded demo. For a real one:
 import gc
 import logging
 import sys
+import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +19,11 @@ from bnf_train.errors import Interrupted, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from bnf_train.collate import Collator
     from bnf_train.config import BNFConfig
-    from bnf_train.data import Row
+    from bnf_train.trainer import BNFTrainer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,13 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(config: "BNFConfig", embedded: bool = False) -> None:
-    """One training run, from rows to report, in the order in which it happens."""
+def run(config: "BNFConfig", embedded: bool = False, callbacks: Sequence["TrainerCallback"] = ()) -> "BNFTrainer":
+    """One training run, from rows to report, in the order in which it happens; its trainer, with the trained model."""
     import torch
     import transformers
     from rich.console import Console
 
-    from bnf_train import checkpoint, demo, report
+    from bnf_train import checkpoint, data, demo, report
+    from bnf_train.data import read_and_tokenize
     from bnf_train.load import context_length, load_tokenizer
     from bnf_train.lora import add_lora
     from bnf_train.objectives import resolve
@@ -83,12 +86,15 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if config.ref_model:
         check_same_tokens(config.ref_model, tokenizer, config.trust_remote_code)
-    for name in filter(None, (config.model, config.ref_model)):
-        context = context_length(name, config.trust_remote_code)
+    for flag, name in (("--model", config.model), ("--ref_model", config.ref_model)):
+        context = context_length(name, config.trust_remote_code, flag) if name else None
         if context is not None and context < config.max_length:
             console.print(f"--max_length {config.max_length} is more than {name} was made for: {context} it is.")
             config.max_length = context
-    train_rows, held_out = _rows(config, tokenizer, console)
+    train_rows, held_out = read_and_tokenize(config, tokenizer, console)
+    config.rows_digest = data.digest(train_rows)
+    if resumed:
+        checkpoint.check_same_run(resumed, config.to_dict())
     objective, pairwise = resolve(config)
     if pairwise and any(len(row.responses) == 1 for row in train_rows + held_out):
         raise UsageError(
@@ -96,6 +102,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
             "use --objective bnf, or rows with prompt, chosen, rejected."
         )
     model, collator = _with_head(config, config.ref_model or config.model, tokenizer, console)
+    started = time.perf_counter()
     with gathered(model):
         add_ref_log_odds(
             model,
@@ -109,6 +116,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
             say=console.print,
             progress=not config.disable_tqdm,
         )
+    reference_seconds = time.perf_counter() - started
     if config.ref_model:
         del model
         gc.collect()  # it refers to itself; gone before the policy is loaded, so that there is never room needed for two
@@ -126,14 +134,18 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
         train_dataset=train_rows,
         eval_dataset=held_out or None,
         processing_class=tokenizer,
+        callbacks=list(callbacks),
     )
+    trainer.reference_seconds = reference_seconds
     console.print(
         f"Training {trained(model) / 1e6:.1f} M parameters on {config.device.type}, "
         f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
         f"learning rate {config.learning_rate:g}, objective {config.objective}."
     )
     trainer.train(resume_from_checkpoint=resumed and str(resumed))
-    held_out_metrics = trainer.evaluate() if held_out else {}
+    last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}  # [-1] is the summary of the run
+    evaluated = "eval_loss" in last and last["step"] == trainer.state.global_step and not config.load_best_model_at_end
+    held_out_metrics = last if evaluated else trainer.evaluate() if held_out else {}
     trainer.save_model()
     examples = report.examples(model, held_out, collator, tokenizer, config.device, bool(config.bf16))  # on every process
     if trainer.is_world_process_zero():
@@ -142,6 +154,7 @@ def run(config: "BNFConfig", embedded: bool = False) -> None:
             report.write(output, config, trainer.state.log_history, held_out_metrics, examples)
         console.print(report.table(held_out_metrics))
         console.print(f"Model, report.html, metrics.json and metrics.png in {output}")
+    return trainer
 
 
 def _with_head(
@@ -157,7 +170,8 @@ def _with_head(
     from bnf_train.packed_attention import attend_by_response
     from bnf_train.scale_out import compile_layers, gathered
 
-    model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config))
+    flag = "--model" if name == config.model else "--ref_model"
+    model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config), flag)
     if config.packing:
         attend_by_response(model)
     with gathered(model):
@@ -168,54 +182,6 @@ def _with_head(
     if config.torch_compile:
         compile_layers(model, config.compile_backend, config.torch_compile_mode)
     return model, Collator(tokenizer.pad_token_id, packed, attention_width(model))
-
-
-def _rows(config: "BNFConfig", tokenizer: "PreTrainedTokenizerBase", console: "Console") -> tuple[list["Row"], list["Row"]]:
-    """Training and held-out rows, tokenised; what was cut or dropped is printed."""
-    from bnf_train import data, render
-    from bnf_train.objectives import resolve
-
-    if config.pairing_ratio < 1 and resolve(config)[1]:
-        raise UsageError(
-            f"--pairing_ratio {config.pairing_ratio:g}: makes single responses of pairs, and --objective {config.objective} "
-            "compares the two sides of a pair; leave it out, or use --objective bnf."
-        )
-    rules = data.Rules(config.too_long, config.empty, config.no_boundary, config.duplicates)
-
-    def tokenized(source: str, split: str) -> list["Row"]:
-        raw = data.read_rows(source, split)
-        if not raw:
-            return []
-        rows, counts = data.tokenize(raw, tokenizer, config.max_length, source, rules)
-        tokens = sum(r.tokens for row in rows for r in row.responses)
-        console.print(
-            f"{source}, {split}: {counts.rows} rows, {tokens:,} response tokens; at --max_length {config.max_length}, "
-            f"{len(counts.cut)} responses cut, {len(counts.dropped)} rows dropped."
-        )
-        for sentence in counts.sentences(rules):
-            console.print(f"  {sentence}")
-        return rows
-
-    assert config.dataset is not None
-    train_rows = tokenized(config.dataset, "train")
-    if config.eval_dataset:
-        held_out = tokenized(config.eval_dataset, "test")
-        if not held_out:
-            raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
-    else:
-        held_out = tokenized(config.dataset, "test") if data.has_splits(config.dataset) else []
-    if not held_out:
-        train_rows, held_out = data.split_by_prompt(train_rows, config.eval_size, config.seed)
-    if config.pairing_ratio < 1:
-        pairs = sum(len(row.responses) == 2 for row in train_rows)
-        train_rows = data.mask_pairs(train_rows, config.pairing_ratio, config.seed)
-        left = sum(len(row.responses) == 2 for row in train_rows)
-        console.print(
-            f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {left} stay whole, "
-            f"{pairs - left} lose one side at random (--seed {config.seed})."
-        )
-    render.show(train_rows[: config.show_examples], tokenizer, console)
-    return train_rows, held_out
 
 
 if __name__ == "__main__":

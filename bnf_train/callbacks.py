@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from bnf_train.checkpoint import PARTIAL, checkpoints, naming_a_full_disk, read_state, seal, write_state
+from bnf_train.checkpoint import ARGUMENTS, PARTIAL, checkpoints, naming_a_full_disk, read_state, seal, write_state
 from bnf_train.errors import Interrupted, UsageError
 
 RNG, OPTIMIZER, SCHEDULER, SCALER = (f"{name}.safetensors" for name in ("rng_state", "optimizer", "scheduler", "scaler"))
@@ -46,6 +46,11 @@ class EnduringTrainer(Trainer):
             result = super().train(*args, **kwargs)
         if self.stop_on_signal.received is not None:
             raise Interrupted(self.stop_on_signal.received, self._how_to_go_on())
+        if not all(p.sum().isfinite() or p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            raise UsageError(
+                f"step {self.state.global_step}: after this last step the weights are no finite numbers, so the model is not "
+                "saved; lower --learning_rate."
+            )
         return result
 
     def _how_to_go_on(self) -> str:
@@ -112,7 +117,7 @@ class EnduringTrainer(Trainer):
         if self.args.should_save:  # Trainer pickles its arguments, and never reads them
             folder = Path(output_dir or self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+            (folder / ARGUMENTS).write_text(self.args.to_json_string() + "\n")
 
     def _sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,19 @@ from bnf_train.errors import UsageError
 
 PARTIAL = ".checkpoint-partial"
 MANIFEST = "complete.json"
+ARGUMENTS = "training_args.json"
+# flags that a resumed run shares with the run that it goes on with; --max_steps and epochs may grow
+SAME = (
+    "rows_digest",
+    "objective",
+    "hyperparameters",
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "use_peft",
+)
 LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a folder
 
 
@@ -148,6 +161,27 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
         )
     say(f"No complete checkpoint in {output}: starting from the beginning.")
     return None
+
+
+def check_same_run(folder: Path, config: Mapping[str, Any]) -> None:
+    """A resumed run goes on where it was only with the same rows in the same batches, objective and optimizer.
+
+    Raises:
+      UsageError: one of SAME is another than when the checkpoint `folder` was written.
+    """
+    try:
+        then = json.loads((folder / ARGUMENTS).read_text())
+    except (OSError, ValueError):  # of another trainer
+        return
+    for name in SAME:
+        before, now = then.get(name), json.loads(json.dumps(config.get(name)))
+        if name in then and before != now:
+            what = "the training rows" if name == "rows_digest" else f"--{name} {now}"
+            was = "are others" if name == "rows_digest" else f"was {before}"
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: {what} {was} when it was written, so this would be another run; "
+                "pass what it was, or start anew with another --output_dir."
+            )
 
 
 def resumes(argument: str | bool | None) -> bool:

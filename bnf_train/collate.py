@@ -1,5 +1,6 @@
 """Responses of some rows to one batch: token ids packed without padding (or padded), and flat vectors over response tokens."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,9 @@ from bnf_train.data import Row
 
 # what `forward` takes of a batch; of attention_mask and position_ids a batch has one
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "response_positions", "response_labels")
+
+PER_RESPONSE = ("preferred", "row", "paired", "number")
+PER_TOKEN = ("response_positions", "response_labels", "response", "ref_log_odds")
 
 WORTH_PACKING = 1.1  # times as much work with padding as without
 
@@ -55,6 +59,7 @@ class Collator:
             "response": torch.arange(len(responses)).repeat_interleave(torch.tensor(tokens, dtype=torch.long)),
             "preferred": torch.tensor([r.preferred for r in responses], dtype=torch.bool),
             "row": torch.tensor([i for i, row in enumerate(rows) for _ in row.responses], dtype=torch.long),
+            "paired": torch.tensor([len(row.responses) == 2 for row in rows for _ in row.responses], dtype=torch.bool),
             "number": torch.tensor([row.number for row in rows for _ in row.responses], dtype=torch.long),
         }
         if all(r.ref_log_odds is not None for r in responses):
@@ -69,6 +74,36 @@ def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype = torch.long) -> 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that a model with the log-odds head takes."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def passes(batch: dict[str, Tensor], most_tokens: float, whole_rows: bool = False) -> list[dict[str, Tensor]]:
+    """A packed batch in parts of at most `most_tokens` tokens, in its order; a padded one as it is.
+
+    A part is a batch with one response at least, or, with `whole_rows`, one row.
+    """
+    if "position_ids" not in batch or batch["input_ids"].numel() <= most_tokens or len(batch["row"]) < 2:
+        return [batch]
+    places = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].numel()]
+    row = batch["row"].tolist()
+    # responses in front of which the batch may be cut
+    starts = [i for i in range(len(row)) if not whole_rows or i == 0 or row[i] != row[i - 1]] + [len(row)]
+    cuts = [0]
+    for start, end in itertools.pairwise(starts):
+        if start > cuts[-1] and places[end] - places[cuts[-1]] > most_tokens:
+            cuts.append(start)
+    return [_part(batch, places, first, last) for first, last in itertools.pairwise([*cuts, len(row)])]
+
+
+def _part(batch: Mapping[str, Tensor], places: Sequence[int], first: int, last: int) -> dict[str, Tensor]:
+    """The responses `first` to `last` (exclusive) of a packed batch; `places` are their first positions, and the end."""
+    start, end = places[first], places[last]
+    tokens = (batch["response"] >= first) & (batch["response"] < last)
+    part = {name: batch[name][:, start:end] for name in ("input_ids", "position_ids")}
+    part |= {name: batch[name][first:last] for name in PER_RESPONSE}
+    part |= {name: batch[name][tokens] for name in PER_TOKEN if name in batch}
+    part["response_positions"] = part["response_positions"] - start
+    part["response"] = part["response"] - first
+    return part
 
 
 def worth_packing(lengths: Sequence[int], attention_width: float) -> bool:

@@ -126,6 +126,7 @@ class BNFConfig(TrainingArguments):
         },
     )
     hyperparameters: dict[str, Any] = field(default_factory=dict, init=False)  # of the objective, from flags of their own
+    rows_digest: str = field(default="", init=False)  # of the training rows, once they are read
     batch_size: int | None = field(
         default=None,
         metadata={
@@ -136,6 +137,13 @@ class BNFConfig(TrainingArguments):
     packing: bool = field(
         default=True,
         metadata={"help": "Responses of a batch stand one behind the other, without padding and without seeing each other."},
+    )
+    tokens_per_pass: int | None = field(
+        default=None,
+        metadata={
+            "help": "A packed batch with more tokens is computed in several passes, which changes its memory and not its "
+            "gradient; one process only. Default: 640 on a CPU, else 0, which is no limit."
+        },
     )
     ref_model: str | None = field(
         default=None, metadata={"help": "Another reference, as --model. Default: --model as it is before training."}
@@ -231,6 +239,10 @@ class BNFConfig(TrainingArguments):
         self.debug = " ".join(word for word in self.debug.split() if word != "error")
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu: bool = self.use_cpu or not accelerated
+        if self.tokens_per_pass is None:
+            self.tokens_per_pass = 640 if self.use_cpu else 0
+        if self.tokens_per_pass < 0:
+            raise UsageError(f"--tokens_per_pass: expected a number of tokens, or 0, got {self.tokens_per_pass}.")
         self.bf16 = _bf16_in_hardware(self.use_cpu) and not self.fp16 if self.bf16 is None else self.bf16
         cache = self.reference_cache or Path(huggingface_hub.constants.HF_HOME) / "bnf_train"
         self.reference_cache = str(Path(cache).expanduser())
@@ -332,7 +344,7 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
     for name in ("--config", "--objective"):
         early.add_argument(name)
     first, _ = early.parse_known_args(arguments)
-    in_file = {} if first.config is None else _read_yaml(first.config)
+    in_file = {} if first.config is None else read_yaml(first.config)
     chosen = first.objective or str(in_file.get("objective") or BNFConfig.objective)
 
     parser = _parser(chosen)
@@ -379,7 +391,7 @@ def _parser(objective: str) -> _Parser:
     return parser
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)

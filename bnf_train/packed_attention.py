@@ -4,6 +4,7 @@ Over a packed sequence of n tokens, scaled_dot_product_attention with a mask is 
 Cut at the places that see nothing before them it is what the responses cost alone, and computed as they would be alone.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -45,16 +46,16 @@ def _responses(mask: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
     if not hasattr(mask, "_responses"):
         square = mask[0, 0]
         first = [0, *(1 + (~square.diagonal(-1)).nonzero().flatten()).tolist(), len(square)]
-        lengths = [end - start for start, end in zip(first, first[1:], strict=False)]
+        lengths = [end - start for start, end in itertools.pairwise(first)]
         masks: list[Tensor | None] = []
-        for start, end in zip(first, first[1:], strict=False):
+        for start, end in itertools.pairwise(first):
             if square[start:end, :start].any():  # it does see something before it
                 lengths, masks = [], []
                 break
             own = square[start:end, start:end]
             masks.append(None if own.equal(torch.ones_like(own).tril()) else own[None, None])
         mask._responses = lengths, masks  # type: ignore[attr-defined]
-    return mask._responses  # type: ignore[attr-defined,no-any-return]
+    return mask._responses  # type: ignore[attr-defined]
 
 
 AttentionInterface.register(NAME, _forward)

@@ -96,10 +96,7 @@ def check_same_tokens(name: str, tokenizer: PreTrainedTokenizerBase, trust_remot
     Raises:
       UsageError: no model at `name`, or its tokenizer has another vocabulary.
     """
-    try:
-        other = load_tokenizer(name, trust_remote_code)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--model", "--ref_model")) from error
+    other = load_tokenizer(name, trust_remote_code, "--ref_model")
     if other.get_vocab() != tokenizer.get_vocab():
         raise UsageError(f"--ref_model {name}: its tokenizer has another vocabulary than --model's; use a model of its family.")
 

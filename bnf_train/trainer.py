@@ -5,11 +5,13 @@ collator -> model (backbone, head) -> log-odds per token -> objective -> loss pe
 BNF itself goes through the head in one pass (`linear_bnf_loss`): a token's coefficient is known before its logits are.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers import EvalPrediction, ProgressCallback
 from bnf_core import PAIRWISE, Objective, TokenBatch, bnf, bnf_weight
 from bnf_train import scale_out
 from bnf_train.callbacks import EnduringTrainer
-from bnf_train.collate import model_inputs
+from bnf_train.collate import model_inputs, passes
 from bnf_train.data import Row
 from bnf_train.errors import UsageError
 from bnf_train.weights_moved import WeightsMoved
@@ -32,7 +34,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 MOST_NOISE = 1e-2
 MOST_NOISE_IN_PADDED_HALF = 5e-2  # attention in bf16 or fp16 over another padding alone makes about 1.5e-2
 # per-response sums that evaluation gathers
-SUMS = ("responses", "losses", "loss", "paired", "tokens", "logp", "ref_logp", "weight", "clipped")
+SUMS = ("responses", "losses", "loss", "paired", "tokens", "logp", "ref_logp", "weight", "clipped", "entropy")
 
 
 class BNFTrainer(EnduringTrainer):
@@ -46,6 +48,7 @@ class BNFTrainer(EnduringTrainer):
     """
 
     train_dataset: Any
+    reference_seconds = 0.0  # what the reference's log-odds took, before there was a trainer
 
     def __init__(
         self,
@@ -55,7 +58,8 @@ class BNFTrainer(EnduringTrainer):
         starts_at_reference: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
+        self.beta = float(getattr(objective, "keywords", {}).get("beta", 1))
+        super().__init__(*args, compute_metrics=partial(held_out_metrics, beta=self.beta), **kwargs)
         scale_out.keep_float32(self.accelerator)
         if self.args.ddp_find_unused_parameters is None:
             scale_out.wait_for_every_gradient(self.accelerator, self.model)
@@ -87,6 +91,18 @@ class BNFTrainer(EnduringTrainer):
         losses = torch.tensor(responses // 2 if self.pairwise else responses, device=device)
         return self.accelerator.reduce(losses, "sum")
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch, in passes of at most --tokens_per_pass tokens: the same gradient, activations of fewer tokens.
+
+        In one process only: processes would have to agree on how many passes there are.
+        """
+        most = self.args.tokens_per_pass if self.accelerator.num_processes == 1 else math.inf
+        parts = passes(inputs, most or math.inf, whole_rows=not self.one_pass)
+        if len(parts) > 1 and num_items_in_batch is None:
+            num_items_in_batch = torch.tensor(self._losses_in(inputs), device=self.args.device)
+        losses = [super(BNFTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -97,21 +113,23 @@ class BNFTrainer(EnduringTrainer):
         count = num_items_in_batch if num_items_in_batch is not None else self._losses_in(inputs)
         # gradients are averaged over processes, and the mean is over the losses of all of them
         scale = (self.accelerator.num_processes if model.training else 1) / count
-        batch = TokenBatch(
-            inputs["response"], inputs["preferred"], pair=_pairs(inputs["row"]), ref_log_odds=inputs["ref_log_odds"]
-        )
+        # a row whose other side is in another pass is no pair here; only BNF's rows are cut, and BNF asks for none
+        pair = None if self.one_pass else torch.where(inputs["paired"], inputs["row"], -1)
+        batch = TokenBatch(inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"])
         if self.one_pass:
             per_response = scale * batch.sign / batch.lengths
             loss, log_odds, entropy = model(
                 **model_inputs(inputs), ref_log_odds=batch.ref_log_odds, coefficient=per_response[batch.response]
             )
+            batch = replace(batch, entropy=entropy)
             with torch.no_grad():
-                losses = self.objective(log_odds, replace(batch, entropy=entropy))
+                losses = self.objective(log_odds, batch)
         else:
             log_odds, entropy = model(**model_inputs(inputs))
-            losses = self.objective(log_odds, replace(batch, entropy=entropy))
+            batch = replace(batch, entropy=entropy)
+            losses = self.objective(log_odds, batch)
             loss = losses.sum() * scale
-        sums = self._sums(log_odds.detach(), batch, losses.detach())
+        sums = self._sums(log_odds.detach(), batch, losses.detach(), inputs["paired"])
         if model.training:
             padded = "attention_mask" in inputs
             tokens = inputs["attention_mask"].sum() if padded else inputs["input_ids"].numel()
@@ -151,22 +169,23 @@ class BNFTrainer(EnduringTrainer):
                 "a reference cache of other weights, or another attention implementation or dtype."
             )
 
-    def _sums(self, log_odds: Tensor, batch: TokenBatch, losses: Tensor) -> Tensor:
+    def _sums(self, log_odds: Tensor, batch: TokenBatch, losses: Tensor, paired: Tensor) -> Tensor:
         """(responses, SUMS): what evaluation and logging report, summed over each response's tokens."""
         assert batch.ref_log_odds is not None
+        assert batch.entropy is not None
         per_token = {
             "tokens": torch.ones_like(log_odds),
             "logp": F.logsigmoid(log_odds),
             "ref_logp": F.logsigmoid(batch.ref_log_odds),
             "weight": bnf_weight(log_odds, batch.ref_log_odds),
             "clipped": (log_odds > batch.ref_log_odds).to(log_odds.dtype),  # the min of eq. 6 is at work
+            "entropy": batch.entropy,
         }
         rows = batch.pairs()[0] if self.pairwise else torch.arange(len(losses), device=losses.device)
         columns = {k: batch.sum(v) for k, v in per_token.items()}
         zeros = losses.new_zeros(batch.responses)
-        assert batch.pair is not None
         columns["responses"] = zeros + 1
-        columns["paired"] = (batch.pair >= 0).to(zeros.dtype)
+        columns["paired"] = paired.to(zeros.dtype)
         columns["losses"] = zeros.index_fill(0, rows, 1)  # a pair's loss stands with its preferred side
         columns["loss"] = zeros.index_copy(0, rows, losses)
         return torch.stack([columns[name] for name in SUMS], dim=1)
@@ -190,7 +209,7 @@ class BNFTrainer(EnduringTrainer):
         pi / pi_ref over tokens are means over processes.
         """
         sums, preferred = torch.cat(self._sums_since_log), torch.cat(self._labels_since_log)
-        beta = float(getattr(self.objective, "keywords", {}).get("beta", 1))
+        beta = self.beta
         table = torch.stack([sums[preferred].sum(0), sums[~preferred].sum(0)])
         quantiles = torch.stack([_quantiles(torch.cat(self._ratios[label])) for label in LABELS])
         margins = self._margins(sums, preferred)
@@ -242,11 +261,16 @@ class BNFTrainer(EnduringTrainer):
         return None, table, row.new_zeros(len(table))
 
 
-def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over held-out tokens, per label, from the table of `BNFTrainer.prediction_step`."""
-    table = torch.as_tensor(prediction.predictions).double().sum((0, 1))  # (label, sum)
-    metrics = {"loss": _ratio(*table[:, [SUMS.index("loss"), SUMS.index("losses")]].sum(0))}
-    for label, values in zip(LABELS, table, strict=True):
+def held_out_metrics(prediction: EvalPrediction, beta: float = 1.0) -> dict[str, float]:
+    """Held-out means from the table of `BNFTrainer.prediction_step`: per label over tokens and responses; over pairs.
+
+    rewards are as in training: beta (log pi - log pi_ref). ranked_right asks for log pi alone: the preferred response has
+    the larger mean log-likelihood a token. Log-likelihoods and entropy are in nats.
+    """
+    table = torch.as_tensor(prediction.predictions).double().sum(1)  # (row, label, sum)
+    totals = table.sum(0)
+    metrics = {"loss": _ratio(*totals[:, [SUMS.index("loss"), SUMS.index("losses")]].sum(0))}
+    for label, values in zip(LABELS, totals, strict=True):
         sums = dict(zip(SUMS, values, strict=True))
         if sums["responses"]:
             metrics |= {
@@ -254,15 +278,22 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
                 f"tokens/{label}": int(sums["tokens"]),
                 f"logp_per_token/{label}": _ratio(sums["logp"], sums["tokens"]),
                 f"logp_shift_per_token/{label}": _ratio(sums["logp"] - sums["ref_logp"], sums["tokens"]),
+                f"logp_shift/{label}": _ratio(sums["logp"] - sums["ref_logp"], sums["responses"]),
+                f"entropy/{label}": _ratio(sums["entropy"], sums["tokens"]),
                 f"bnf/weight_mean/{label}": _ratio(sums["weight"], sums["tokens"]),
                 f"bnf/weight_clipped/{label}": _ratio(sums["clipped"], sums["tokens"]),
+                f"rewards/{SIDES[label]}": beta * _ratio(sums["logp"] - sums["ref_logp"], sums["responses"]),
             }
+    pairs = table[(table[..., SUMS.index("paired")] == 1).all(1)]  # (pair, label, sum)
+    if len(pairs):
+        logp, ref_logp, tokens = (pairs[..., SUMS.index(name)] for name in ("logp", "ref_logp", "tokens"))
+        margins = beta * ((logp - ref_logp)[:, 0] - (logp - ref_logp)[:, 1])
+        metrics |= {
+            "rewards/margins": margins.mean().item(),
+            "rewards/accuracies": (margins > 0).double().mean().item(),
+            "ranked_right": (logp / tokens).diff(dim=1).lt(0).double().mean().item(),
+        }
     return metrics
-
-
-def _pairs(row: Tensor) -> Tensor:
-    """Pair id of each response: its row, where the row has two."""
-    return torch.where(row.bincount()[row] == 2, row, -1)
 
 
 def _quantiles(log_ratios: Tensor) -> Tensor:

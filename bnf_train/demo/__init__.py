@@ -4,3 +4,4 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
 PREFERENCES = Path(__file__).parent / "preferences.jsonl"
+PROBE = Path(__file__).parent / "probe.txt"

@@ -245,6 +245,23 @@ def test_resuming_what_is_finished_changes_nothing(train: Run, tmp_path: Path) -
     assert_same(tmp_path / "out", expected)
 
 
+def test_another_run_is_not_gone_on_with(train: Run, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    assert train(tmp_path / "out", max_steps="4").code == 0
+    others = {
+        "--seed 7 was 42": {"seed": "7"},
+        "--objective dpo was bnf": {"objective": "dpo"},
+        "--gradient_accumulation_steps 1 was 2": {"batch_size": "1"},
+        "the training rows are others": {"dataset": str(write_rows(PAIRS[1:], "others.jsonl"))},
+    }
+    for words, flags in others.items():
+        ended = train(tmp_path / "out", max_steps="6", resume_from_checkpoint="True", **flags)
+        assert ended.code == 2, ended.printed
+        assert words in ended.printed
+        assert "this would be another run" in ended.printed
+    ended = train(tmp_path / "out", max_steps="6", resume_from_checkpoint="True")  # longer is no other run
+    assert ended.code == 0, ended.printed
+
+
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(train: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
     size = 4 * sum(value.nbytes for value in undisturbed[0].values())  # with Adam's moments, tokenizer and rest
     disk = tmp_path / "disk"

@@ -1,10 +1,12 @@
 """The log-odds head on real architectures computes what their own logits say."""
 
+import unittest.mock
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bnf_core import linear_log_odds, reference, token_log_odds
@@ -29,7 +31,7 @@ SIZES = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "mistral": {},
+    "mistral": {"sliding_window": 4},
     "qwen2": {},
     "phi": {},  # a head with a bias
     "gemma2": {"final_logit_softcapping": 5.0},
@@ -157,8 +159,8 @@ def test_head_and_objective_are_the_papers_loss() -> None:
 
 
 @torch.compiler.set_stance("force_eager")  # flex_attention uncompiled: minutes of a C++ compiler
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "phi"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa_by_response", "flex_attention"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "cohere", "phi"])
 def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
     """For every attention implementation on a CPU; responses of very different lengths, in both orders."""
     from bnf_train.collate import Collator, model_inputs
@@ -181,6 +183,30 @@ def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
             expected, _ = model(**model_inputs(padded))
             log_odds, _ = model(**model_inputs(packed))
         torch.testing.assert_close(log_odds, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_attention_by_response_has_the_gradients_of_attention_over_the_whole(name: str) -> None:
+    """And cuts where responses begin: it calls scaled_dot_product_attention once for each."""
+    from bnf_train.packed_attention import NAME, attend_by_response
+
+    whole, cut = tiny(name), tiny(name)
+    for model in (whole, cut):
+        model.set_attn_implementation("sdpa")
+    attend_by_response(cut)
+    assert cut.config._attn_implementation == NAME
+    ids = torch.randint(37, (1, 20))
+    position_ids = torch.cat([torch.arange(n) for n in (9, 1, 10)]).unsqueeze(0)
+    outputs, counts = [], []
+    for model in (whole, cut):
+        with unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=sdpa) as attention:
+            outputs.append(model(input_ids=ids, position_ids=position_ids, use_cache=False).logits)
+        counts.append(attention.call_count)
+        outputs[-1].square().sum().backward()
+    assert counts == [2, 6]  # layers, times responses
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    for (key, one), other in zip(whole.named_parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4, msg=key)
 
 
 def test_a_model_whose_packed_responses_see_each_other_is_found_out() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import OBJECTIVES, bnf
 from bnf_train.__main__ import main
-from bnf_train.collate import Collator
+from bnf_train.collate import Collator, passes
 from bnf_train.config import parse
 from bnf_train.data import Row, tokenize
 from bnf_train.load import load_model, load_tokenizer
@@ -34,6 +34,7 @@ def one_step(
     *,
     packed: bool = False,
     with_empty_rows: bool = False,
+    tokens_per_pass: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
     flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
@@ -41,7 +42,7 @@ def one_step(
         [
             *("--model", str(folder), "--dataset", "unused", "--output_dir", str(folder / "out"), "--bf16", "false"),
             *("--per_device_train_batch_size", str(per_device), "--gradient_accumulation_steps", str(accumulate)),
-            *("--save_strategy", "no", "--disable_tqdm", "true", *flags),
+            *("--save_strategy", "no", "--disable_tqdm", "true", "--tokens_per_pass", str(tokens_per_pass), *flags),
         ]
     )
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
@@ -94,6 +95,38 @@ def test_the_step_does_not_depend_on_packing_or_empty_micro_batches(model_folder
     ):
         for key, value in one_step(model_folder, rows, per_device, accumulate, **options).items():
             torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate} {options}")
+
+
+@pytest.mark.parametrize("objective", ["bnf", "dpo", "simpo"])
+@pytest.mark.parametrize("most", [1, 130, 200])
+def test_the_step_does_not_depend_on_its_passes(model_folder: Path, objective: str, most: int) -> None:
+    """Passes of a packed batch: BNF's cut between responses, others' between rows, so that a pair stays one."""
+    whole = one_step(model_folder, PAIRS, 8, 1, objective, packed=True)
+    for key, value in one_step(model_folder, PAIRS, 8, 1, objective, packed=True, tokens_per_pass=most).items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_passes_are_the_batch_in_parts(model_folder: Path) -> None:
+    rows, _ = tokenize([*PAIRS, *SINGLES], load_tokenizer(str(model_folder)), 128, "rows")
+    collator = Collator(1, packed=True)
+    batch = collator(rows)
+    for most, whole_rows in ((1, False), (1, True), (100, False), (300, True)):
+        parts = passes(batch, most, whole_rows)
+        for name, value in batch.items():
+            if name not in ("response", "response_positions"):
+                together = torch.cat([part[name] for part in parts], dim=value.dim() - 1)
+                assert torch.equal(together, value), name
+        for part in parts:
+            responses = len(part["row"])
+            assert part["input_ids"].numel() <= most or responses <= (2 if whole_rows else 1)
+            assert part["response"].unique().tolist() == list(range(responses))
+            predicted = part["input_ids"][0, part["response_positions"] + 1]
+            assert torch.equal(predicted, part["response_labels"])
+            if whole_rows:
+                assert all(int((part["row"] == row).sum()) == int((batch["row"] == row).sum()) for row in part["row"])
+    assert passes(batch, 1e9) == [batch]
+    padded = Collator(1)(rows)
+    assert passes(padded, 1) == [padded]
 
 
 def test_bnf_in_one_pass_is_bnf_from_log_odds(model_folder: Path) -> None:

@@ -1,0 +1,183 @@
+"""One arm of a comparison: a run of bnf_train, and what is measured beside its held-out metrics."""
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from bnf_train.__main__ import run
+from bnf_train.collate import Collator, model_inputs
+from bnf_train.config import BNFConfig, parse
+from bnf_train.data import Response, Row
+from bnf_train.errors import UsageError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What every arm of a comparison measures.
+
+    Attributes:
+      probe: a text file, paragraphs between blank lines: the text outside the preference data.
+      responses: how many held-out prompts are answered, greedily.
+      max_new_tokens: where an answer is cut.
+      keep_model: whether the arm's weights stay on disk.
+    """
+
+    probe: Path
+    responses: int = 8
+    max_new_tokens: int = 256
+    keep_model: bool = False
+
+
+def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dict[str, Any]:
+    """Trains with the flags of `python -m bnf_train` and returns what came out, ready for JSON.
+
+    Args:
+      before: measure the starting point, too: it is that of all arms with this seed.
+    """
+    config = parse(arguments)
+    config.eval_on_start = before
+    texts = paragraphs(measures.probe)
+    beside = _Beside(texts, measures if before else None)
+    trainer = run(config, callbacks=[beside])
+    if not trainer.eval_dataset:
+        raise UsageError("--eval_size 0: nothing is held out, so there is nothing to compare; leave it out.")
+    history = trainer.state.log_history
+    last = {key: value for log in history for key, value in log.items()}
+    speeds = [log["tokens_per_second"] for log in history if "tokens_per_second" in log]
+    result = {
+        "steps": trainer.state.global_step,
+        "curve": [
+            {"step": log["step"]} | {k: v for k, v in log.items() if k.startswith("eval_")} | beside.at(log["step"])
+            for log in history
+            if "eval_loss" in log
+        ],
+        "losses": [log["loss"] for log in history if "loss" in log],
+        "before": beside.answers,
+        "after": answers(trainer.model, trainer.processing_class, trainer.eval_dataset, config, measures),
+        "train_seconds": last["train_runtime"],
+        "tokens_per_second": median(speeds) if speeds else None,
+        "peak_gib": _peak(config) / GIB,
+    }
+    if not measures.keep_model:
+        for path in Path(str(config.output_dir)).glob("*.safetensors"):
+            path.unlink()
+    return result
+
+
+class _Beside(TrainerCallback):
+    """Perplexity on the probe at every evaluation, and the starting point's answers."""
+
+    def __init__(self, texts: Sequence[str], measures: Measures | None) -> None:
+        self.texts, self.measures = texts, measures
+        self.perplexities: dict[int, float] = {}
+        self.answers: list[dict[str, Any]] | None = None
+
+    def at(self, step: int) -> dict[str, float]:
+        return {"probe_perplexity": self.perplexities[step]}
+
+    def on_evaluate(
+        self, args: BNFConfig, state: Any, control: Any, model: Any, processing_class: Any, eval_dataloader: Any, **kwargs: Any
+    ) -> None:
+        if state.global_step not in self.perplexities:
+            self.perplexities[state.global_step] = perplexity(model, processing_class, self.texts, args)
+        if self.measures is not None and state.global_step == 0:
+            self.answers = answers(model, processing_class, eval_dataloader.dataset, args, self.measures)
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: BNFConfig, batch_size: int = 8
+) -> float:
+    """exp(mean over tokens of -log pi) of plain texts, each from its own beginning; a text's first token is not predicted."""
+    ids: list[list[int]] = [tokenizer(text, truncation=True, max_length=config.max_length)["input_ids"] for text in texts]
+    collator = Collator(int(tokenizer.pad_token_id or 0))
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for start in range(0, len(ids), batch_size):
+        rows = [Row("", [Response(x, 1, True)]) for x in ids[start : start + batch_size] if len(x) > 1]
+        batch = collator(rows)
+        with torch.autocast(config.device.type, torch.bfloat16, enabled=bool(config.bf16)):
+            log_odds, _ = model(**{name: value.to(config.device) for name, value in model_inputs(batch).items()})
+        total -= float(F.logsigmoid(log_odds.double()).sum())
+        tokens += len(log_odds)
+    model.train(training)
+    return float(torch.tensor(total / tokens, dtype=torch.float64).exp())
+
+
+@torch.no_grad()
+def answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], config: BNFConfig, measures: Measures
+) -> list[dict[str, Any]]:
+    """Greedy answers to the first distinct prompts: {"prompt", "answer", "tokens"}, the end-of-turn token counted."""
+    prompts = list(dict.fromkeys(tuple(r.input_ids[: r.prompt_length]) for row in rows for r in row.responses))
+    prompts = prompts[: measures.responses]
+    if not prompts:
+        return []
+    longest = max(map(len, prompts))
+    pad = int(tokenizer.pad_token_id or 0)
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=config.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=config.device)
+    training = model.training
+    model.eval()
+    with torch.autocast(config.device.type, torch.bfloat16, enabled=bool(config.bf16)):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=measures.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            # greedy, whatever the model's own generation settings say
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+    model.train(training)
+    result = []
+    for prompt, line in zip(prompts, output[:, longest:].tolist(), strict=True):
+        end = line.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in line else len(line)
+        result.append(
+            {
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "answer": tokenizer.decode(line[:end], skip_special_tokens=True),
+                "tokens": end,
+            }
+        )
+    return result
+
+
+def mean_length(given: Sequence[dict[str, Any]] | None) -> float | None:
+    return fmean(answer["tokens"] for answer in given) if given else None
+
+
+def paragraphs(path: Path) -> list[str]:
+    """The paragraphs of a text file.
+
+    Raises:
+      UsageError: no such file, or nothing in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--probe {path}: expected a text file, got {' '.join(str(error).split())}.") from error
+    found = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    if not found:
+        raise UsageError(f"--probe {path}: expected paragraphs of text between blank lines, found none.")
+    return found
+
+
+def _peak(config: BNFConfig) -> float:
+    """Bytes: of the GPU, or of this process on a CPU."""
+    if config.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(config.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,175 @@
+"""python -m bnf_train.compare: arms in processes of their own, resumable, and a report that says what came out."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from preference_rows import PAIRS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bnf_train.arm import Measures, answers, paragraphs, perplexity
+from bnf_train.compare import compare, main
+from bnf_train.compare_report import COLUMNS, START, markdown, summaries, write
+from bnf_train.config import parse
+from bnf_train.data import Response, Row
+from bnf_train.errors import UsageError
+from bnf_train.model_head import attach_log_odds_head
+
+SECONDS = ("train_seconds", "tokens_per_second", "peak_gib")
+
+
+def flags(model_folder: Path, rows: Path, output: Path, *more: str) -> list[str]:
+    own = ("--max_length=128", "--max_steps=2", "--batch_size=2", "--learning_rate=1e-3", "--bf16=false", "--use_cpu=true")
+    first = ("--seeds=0", "--responses=2", "--max_new_tokens=4", f"--model={model_folder}", f"--dataset={rows}")
+    return [*first, f"--output_dir={output}", "--eval_size=2", "--disable_tqdm=true", *own, *more]
+
+
+def test_arms_run_once_and_the_report_is_of_what_they_left(
+    model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output, rows = tmp_path / "out", write_rows(PAIRS)
+    probe = tmp_path / "probe.txt"
+    probe.write_text("Rivers run to the sea.\n\nBread is baked.\n")
+    given = flags(model_folder, rows, output, f"--probe={probe}")
+    with pytest.raises(UsageError, match="1 of 2 arms failed"):
+        compare(["--arms", "bnf", "dpo learning_rate=1e38", *given])
+    report = json.loads((output / "compare.json").read_text())
+    bnf, failed = report["runs"]
+    assert "lower --learning_rate" in failed["failed"]
+    assert [point["step"] for point in bnf["curve"]] == [0, 1, 2]
+    start, end = bnf["curve"][0], bnf["curve"][-1]
+    assert start["eval_logp_shift_per_token/preferred"] == pytest.approx(0, abs=1e-5)
+    assert end["eval_logp_shift_per_token/preferred"] > end["eval_logp_shift_per_token/dispreferred"]
+    assert len(bnf["before"]) == len(bnf["after"]) == 2
+    assert all(answer["tokens"] <= 4 for answer in bnf["after"])
+    assert report["arms"][START]["probe perplexity"]["mean"] == start["probe_perplexity"]
+    for name in ("report.html", "compare.md", "curves.png", "tradeoff.png"):
+        assert (output / name).stat().st_size > 500
+    page = (output / "report.html").read_text()
+    assert "http" not in page
+    assert "1e38" in page
+    assert not list(output.glob("arms/*/*.safetensors"))
+
+    # the finished arm stays; the failed one is replaced by one that can run
+    finished = (output / "arms/bnf-seed0/arm.json").stat().st_mtime_ns
+    compare(["--arms", "bnf", "dpo", *given])
+    assert (output / "arms/bnf-seed0/arm.json").stat().st_mtime_ns == finished
+    arms = json.loads((output / "compare.json").read_text())["arms"]
+    assert list(arms) == [START, "bnf", "dpo"]
+    with pytest.raises(UsageError, match="run with other flags"):
+        compare(["--arms", "bnf", *given, "--weight_decay=0.1"])
+
+
+def test_an_arm_is_the_run_of_bnf_train_with_its_flags(
+    model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The comparison adds no training semantics of its own: the same loss curve as python -m bnf_train."""
+    rows = write_rows(PAIRS)
+    given = flags(model_folder, rows, tmp_path / "out")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bnf_train.compare", "--arms", "simpo beta=3", *given]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    arm = json.loads((tmp_path / "out/compare.json").read_text())["runs"][0]
+    alone = [x for x in given[5:] if not x.startswith("--output_dir")]
+    command = [sys.executable, "-m", "bnf_train", "--objective=simpo", "--beta=3", "--seed=0", f"--model={model_folder}"]
+    command += [f"--dataset={rows}", f"--output_dir={tmp_path / 'alone'}", "--no_reference_cache", *alone]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    log = json.loads((tmp_path / "alone/metrics.json").read_text())["log"]
+    assert arm["losses"] == [entry["loss"] for entry in log if "loss" in entry]
+
+
+def test_perplexity_is_that_of_the_full_logits(model_folder: Path) -> None:
+    texts = ["Rivers run to the sea.", "Bread is baked", "x"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    losses = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logp = model(input_ids=ids).logits.double().log_softmax(-1)
+        losses += (-logp[0, :-1].gather(1, ids[0, 1:, None])).flatten().tolist()
+    attach_log_odds_head(model)
+    config = parse([f"--model={model_folder}", "--dataset=x.jsonl", "--bf16=false", "--use_cpu=true", "--max_length=64"])
+    expected = torch.tensor(losses, dtype=torch.float64).mean().exp().item()
+    assert perplexity(model, tokenizer, texts, config, batch_size=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_are_greedy_and_end_where_the_turn_does(model_folder: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    config = parse([f"--model={model_folder}", "--dataset=x.jsonl", "--bf16=false", "--use_cpu=true", "--max_length=64"])
+    rows = [Row("", [Response([*prompt, 1, 2], len(prompt), True)]) for prompt in [*prompts, prompts[0]]]
+    given = answers(model, tokenizer, rows, config, Measures(Path("unused"), responses=8, max_new_tokens=6))
+    assert len(given) == 2  # distinct prompts
+    for prompt, answer in zip(prompts, given, strict=True):
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert answer["answer"] == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+        assert answer["tokens"] == len(ids) - len(prompt)
+
+
+def run_of(name: str, seed: int, shift: float, **more: Any) -> dict[str, Any]:
+    def point(step: int, shift: float) -> dict[str, Any]:
+        return {"step": step, "eval_logp_shift_per_token/preferred": shift, "probe_perplexity": 10.0 + step}
+
+    curve = [point(0, 0.0)] * (name == "bnf") + [point(4, shift)]
+    facts: dict[str, Any] = {"before": None, "after": [], **dict.fromkeys(SECONDS, 1.0)}
+    return {"name": name, "seed": seed, "arguments": [], "curve": curve, **facts, **more}
+
+
+def test_summaries_are_means_over_seeds_with_the_smallest_and_the_largest(tmp_path: Path) -> None:
+    runs = [run_of("bnf", 0, 1.0), run_of("bnf", 1, 3.0), run_of("dpo | x", 0, -1.0)]
+    runs.append({"name": "kto", "seed": 0, "arguments": [], "failed": "it <b>burst</b>"})
+    arms = summaries(runs)
+    column = next(iter(COLUMNS))
+    assert arms["bnf"][column] == {"mean": 2.0, "min": 1.0, "max": 3.0, "runs": 2}
+    assert list(arms) == [START, "bnf", "dpo | x"]
+    assert arms[START]["training seconds"] is None
+    text = markdown(runs)
+    assert "+2.000 (+1.000 … +3.000)" in text
+    assert "dpo \\| x" in text
+    assert "kto, seed 0: failed" in text
+    write(tmp_path, runs)
+    assert "&lt;b&gt;" in (tmp_path / "report.html").read_text()
+    write(tmp_path, runs[-1:])  # nothing finished yet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--arms is missing"),
+        (["--arms", "beta=2"], "expected an objective and flags"),
+        (["--arms", "bnf", "bnf"], "given twice"),
+        (["--arms", "bnfx"], "the nearest is bnf"),
+        (["--arms", "dpo betta=2"], "--betta"),
+        (["--arms", "bnf", "--probe", "nowhere.txt"], "--probe nowhere.txt"),
+        (["--arms", "bnf", "--seeds", "one"], "--seeds"),
+        (["--arms", "bnf", "--learning_rates", "fast"], "--learning_rates"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_trained(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out" / "arms").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="new or empty folder"):
+        compare(["--arms", "bnf", "--output_dir", str(tmp_path)])
+    with pytest.raises(UsageError, match="paragraphs"):
+        paragraphs(Path(os.devnull))
