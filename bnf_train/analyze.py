@@ -340,6 +340,9 @@ def analyze(flags: argparse.Namespace, console: "Console") -> dict[str, Any]:
         tokens = [r.tokens for r in own.responses]
         lengths = {"mean": statistics.fmean(tokens), "median": statistics.median(tokens)}
         result["reference_length"] = lengths | {"tokens": tokens, "cut": own.cut, "text": own.texts}
+        for name, sample in (*samples.items(), ("reference", own)):
+            if cut := sum(sample.cut or ()):
+                console.print(f"{name}: {cut} of {len(sample.rows)} responses cut at --max_new_tokens {flags.max_new_tokens}.")
     token_shifts = {}
     for name, sample in samples.items():
         values, token_shifts[name] = shifts(sample, policies[name], references[name])

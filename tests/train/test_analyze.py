@@ -120,7 +120,12 @@ def test_token_shifts_are_those_of_full_logits(model_folder: Path, policy: Path,
 
 
 def test_greedy_responses_are_the_argmax_token_by_token(
-    model_folder: Path, policy: Path, tokenizer: Any, write_rows: Write, tmp_path: Path
+    model_folder: Path,
+    policy: Path,
+    tokenizer: Any,
+    write_rows: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = ["a", "What is 1 + 1?", "hello there", "z", "long " * 9]
     rows = [{"prompt": p, "completion": "x", "label": True} for p in (*prompts[:2], "a", *prompts[2:])]  # "a" comes twice
@@ -151,6 +156,7 @@ def test_greedy_responses_are_the_argmax_token_by_token(
         assert each["log_likelihood_shift"][i] == pytest.approx((logp - ref_logp).sum().item(), abs=1e-4)
         assert each["logit_shift"][i] == pytest.approx((z - z_ref).abs().sum().item(), abs=1e-4)
     assert not all(each["cut"])
+    assert f"moved: {sum(each['cut'])} of 4 responses cut at --max_new_tokens 6." in capsys.readouterr().out
     reference = [len(argmax(both[1], prompt, {eos})[1]) for prompt in prompts[:4]]
     assert result["reference_length"]["tokens"] == reference
     assert result["reference_length"]["mean"] == sum(reference) / 4
