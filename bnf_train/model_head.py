@@ -117,11 +117,11 @@ def _unrounded(head: nn.Module) -> Iterator[None]:
     forward = head.forward
     if next(head.parameters()).dtype in (torch.bfloat16, torch.float16):
         single = copy.deepcopy(head).float()
-        head.forward = lambda hidden: single(hidden.float())  # type: ignore[method-assign]
+        head.forward = lambda hidden: single(hidden.float())
     try:
         yield
     finally:
-        head.forward = forward  # type: ignore[method-assign]
+        head.forward = forward
 
 
 def can_pack(model: PreTrainedModel) -> bool:

@@ -42,7 +42,7 @@ def keep_float32(accelerator: Accelerator) -> None:
     if deepspeed is not None:
         deepspeed.deepspeed_config["bf16"] = {"enabled": False}
         # no modules whose weights and gradients would be gathered and added up in bf16
-        in_float32 = {"lower_precision_safe_modules": []}
+        in_float32: dict[str, Any] = {"lower_precision_safe_modules": []}
         deepspeed.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} | in_float32
 
 
