@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from preference_rows import PAIRS, SINGLES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from bnf_train import analyze
+from bnf_train import analyze, analyze_figures
 from bnf_train.data import Response
 from bnf_train.model_head import attach_log_odds_head
 
@@ -213,7 +213,7 @@ def test_one_model_at_a_time_and_figures(
         picture = imread(tmp_path / "out" / name)
         assert picture.shape[1] > 1000
         assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
-    figure = analyze.draw_figure3(result)
+    figure = analyze_figures.draw_figure3(result)
     assert [axis.get_title(loc="left")[:3] for axis in figure.axes] == [f"({letter})" for letter in "abcdef"]
     assert all(axis.get_xlabel() for axis in figure.axes)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
