@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,10 +16,27 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_train.conversations import Message, RowRefused, Sides, to_conversations
 from bnf_train.errors import UsageError
+from bnf_train.objectives import resolve
 from bnf_train.read import WHY_NOT_STREAMED, RawRow, has_splits, read_rows
-from bnf_train.render import Renderer
+from bnf_train.render import Renderer, show
 
-__all__ = ["Counts", "Response", "Row", "Rules", "has_splits", "mask_pairs", "read_rows", "split_by_prompt", "tokenize"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bnf_train.config import BNFConfig
+
+__all__ = [
+    "Counts",
+    "Response",
+    "Row",
+    "Rules",
+    "has_splits",
+    "mask_pairs",
+    "read_and_tokenize",
+    "read_rows",
+    "split_by_prompt",
+    "tokenize",
+]
 
 
 @dataclass
@@ -189,6 +207,61 @@ def _fits(responses: list[Response], max_length: int, where: str, number: int, r
 
 
 # --- which rows are trained on ---------------------------------------------------------------------------------------
+
+
+def read_and_tokenize(
+    config: "BNFConfig", tokenizer: PreTrainedTokenizerBase, console: "Console"
+) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, tokenised; what was cut or dropped is printed."""
+    if config.pairing_ratio < 1 and resolve(config)[1]:
+        raise UsageError(
+            f"--pairing_ratio {config.pairing_ratio:g}: makes single responses of pairs, and --objective {config.objective} "
+            "compares the two sides of a pair; leave it out, or use --objective bnf."
+        )
+    rules = Rules(config.too_long, config.empty, config.no_boundary, config.duplicates)
+
+    def tokenized(source: str, split: str) -> list[Row]:
+        raw = read_rows(source, split)
+        if not raw:
+            return []
+        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules)
+        tokens = sum(r.tokens for row in rows for r in row.responses)
+        console.print(
+            f"{source}, {split}: {counts.rows} rows, {tokens:,} response tokens; at --max_length {config.max_length}, "
+            f"{len(counts.cut)} responses cut, {len(counts.dropped)} rows dropped."
+        )
+        for sentence in counts.sentences(rules):
+            console.print(f"  {sentence}")
+        return rows
+
+    assert config.dataset is not None
+    train_rows = tokenized(config.dataset, "train")
+    if config.eval_dataset:
+        held_out = tokenized(config.eval_dataset, "test")
+        if not held_out:
+            raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
+    else:
+        held_out = tokenized(config.dataset, "test") if has_splits(config.dataset) else []
+    if not held_out:
+        train_rows, held_out = split_by_prompt(train_rows, config.eval_size, config.seed)
+    if config.pairing_ratio < 1:
+        pairs = sum(len(row.responses) == 2 for row in train_rows)
+        train_rows = mask_pairs(train_rows, config.pairing_ratio, config.seed)
+        left = sum(len(row.responses) == 2 for row in train_rows)
+        console.print(
+            f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {left} stay whole, "
+            f"{pairs - left} lose one side at random (--seed {config.seed})."
+        )
+    show(train_rows[: config.show_examples], tokenizer, console)
+    return train_rows, held_out
+
+
+def digest(rows: Iterable[Row]) -> str:
+    """Of all that training sees of them, in their order."""
+    content = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        content.update(repr([(r.input_ids, r.prompt_length, r.preferred) for r in row.responses]).encode())
+    return content.hexdigest()
 
 
 def mask_pairs(rows: list[Row], pairing_ratio: float, seed: int) -> list[Row]:

@@ -17,24 +17,28 @@ from bnf_train.errors import UsageError, is_out_of_memory
 T = TypeVar("T")
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name; padding falls back to the end-of-sequence token."""
-    tokenizer: PreTrainedTokenizerBase = _from_model(
-        name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), "its tokenizer could"
+    tokenizer: PreTrainedTokenizerBase = from_model(
+        name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), flag, "its tokenizer could"
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from positions, so which token pads does not matter
     return tokenizer
 
 
-def context_length(name: str, trust_remote_code: bool = False) -> int | None:
+def context_length(name: str, trust_remote_code: bool = False, flag: str = "--model") -> int | None:
     """The longest sequence that a model was made for, in tokens; None where its configuration does not say."""
-    config = _from_model(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    config = from_model(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), flag)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(
-    name: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, quantization: Any = None
+    name: str,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
+    flag: str = "--model",
 ) -> PreTrainedModel:
     """A causal language model with float32 weights, from safetensors only.
 
@@ -46,7 +50,7 @@ def load_model(
     """
     if not sys.stderr.isatty():
         disable_progress_bar()  # of shards being read; a log file wants none
-    model, info = _from_model(
+    model, info = from_model(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
             name,
@@ -57,21 +61,22 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # said below
         ),
+        flag,
     )
     for key, stored, expected in sorted(info["mismatched_keys"]):
         raise UsageError(
-            f"--model {name}: config.json and weights do not belong together: {key} has the shape {tuple(stored)} "
+            f"{flag} {name}: config.json and weights do not belong together: {key} has the shape {tuple(stored)} "
             f"in the weights and {tuple(expected)} by config.json."
         )
     if missing := sorted(info["missing_keys"]):
         raise UsageError(
-            f"--model {name}: its weights lack {len(missing)} of the tensors of {type(model).__name__}, {missing[0]} "
+            f"{flag} {name}: its weights lack {len(missing)} of the tensors of {type(model).__name__}, {missing[0]} "
             "among them; they would be random numbers."
         )
     for key, tensor in model.named_parameters():
         # the sum is finite where all is: one pass, no memory; quantised weights are integers
         if not tensor.is_meta and tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise UsageError(f"--model {name}: the tensor {key} holds NaN or infinity; the weights are damaged.")
+            raise UsageError(f"{flag} {name}: the tensor {key} holds NaN or infinity; the weights are damaged.")
     return model
 
 
@@ -94,12 +99,17 @@ def load_hub_dataset(name: str) -> Any:
         ) from error
 
 
-def _from_model(name: str, load: Callable[[], T], could: str = "could") -> T:
+def from_model(name: str, load: Callable[[], T], flag: str = "--model", could: str = "could") -> T:
+    """What `load` gets from the model folder or hub name that stands at `flag`.
+
+    Raises:
+      UsageError: it cannot be had; one sentence that names the flag and says what to do.
+    """
     local = Path(name).exists()
     if local and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"--model {name}: expected a model folder with a config.json, found none.")
+        raise UsageError(f"{flag} {name}: expected a model folder with a config.json, found none.")
     if not local and (name.count("/") > 1 or name.startswith((".", "~"))):
-        raise UsageError(f"--model {name}: no such folder.")
+        raise UsageError(f"{flag} {name}: no such folder.")
     if not local:
         _offline_if_unreachable()
     try:
@@ -109,22 +119,22 @@ def _from_model(name: str, load: Callable[[], T], could: str = "could") -> T:
             raise
         if "trust_remote_code=True" in str(error):
             raise UsageError(
-                f"--model {name}: it comes with Python code of its own; read it, and pass --trust_remote_code to run it."
+                f"{flag} {name}: it comes with Python code of its own; read it, and pass --trust_remote_code to run it."
             ) from error
         if local and (damaged := _damaged_weights(Path(name))):
             raise UsageError(
-                f"--model {name}: {damaged.name} is damaged or incomplete ({_sentence(error)}); copy or download it again."
+                f"{flag} {name}: {damaged.name} is damaged or incomplete ({_sentence(error)}); copy or download it again."
             ) from error
         if local and _only_pickled(Path(name)):
             raise UsageError(
-                f"--model {name}: expected weights in .safetensors files, found pickled ones only, which are not opened "
+                f"{flag} {name}: expected weights in .safetensors files, found pickled ones only, which are not opened "
                 "because they can run code; convert them once with save_pretrained of transformers, where you trust them."
             ) from error
         if local:
-            raise UsageError(f"--model {name}: {could} not be loaded ({_sentence(error)}).") from error
+            raise UsageError(f"{flag} {name}: {could} not be loaded ({_sentence(error)}).") from error
         raise UsageError(
-            f"{name}: the model could not be fetched from the Hugging Face hub ({_reason(error)}); "
-            "pass --model with a local model folder (and --dataset with a local .jsonl file) instead."
+            f"{flag} {name}: the model could not be fetched from the Hugging Face hub ({_reason(error)}); "
+            f"pass {flag} with a local model folder (and --dataset with a local .jsonl file) instead."
         ) from error
 
 

@@ -7,17 +7,21 @@ Flags are those of `python -m bnf_train`, and a few of its own (--help). Weights
 its config.json on tensors without memory, and one forward and backward pass over the largest micro-batch is traced there.
 Symbols: P parameters, L trainable ones, G GPUs, V vocabulary, d hidden width, N tokens, n length of a response with its
 prompt. All sizes are in bytes, GiB = 2^30 of them.
+
+Measured: full fine-tuning on a CPU in bf16 autocast, where the plan was within 4 % of three runs' peaks (see HEAP_SHARE).
+Formulas only, never measured: all rows of GPUs, LoRA, gradient checkpointing. --torch_compile is not accounted for.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import functools
+import itertools
 import json
 import math
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +33,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from bnf_train.collate import Collator
     from bnf_train.config import BNFConfig
     from bnf_train.data import Row
 
 GIB, MIB = 2**30, 2**20
-PAPER = {  # table 7: A100-hours of one training
-    "meta-llama/Meta-Llama-3-8B-Instruct": 40,
-    "mistralai/Mistral-7B-Instruct-v0.2": 40,
-    "google/gemma-2-9b-it": 56,
+PAPER = {  # table 7: A100-hours of one training; parameters, by which a local folder is known
+    "meta-llama/Meta-Llama-3-8B-Instruct": (40, 8_030_261_248),
+    "mistralai/Mistral-7B-Instruct-v0.2": (40, 7_241_732_096),
+    "google/gemma-2-9b-it": (56, 9_241_705_984),
 }
 PAPER_MODEL, PAPER_TFLOPS = "meta-llama/Meta-Llama-3-8B-Instruct", 312.0
 
@@ -45,9 +50,10 @@ PAPER_MODEL, PAPER_TFLOPS = "meta-llama/Meta-Llama-3-8B-Instruct", 312.0
 HEAD_CHUNK = {"cpu": 56 * MIB, "cuda": 448 * MIB}
 HEAD_TILES = {"cpu": 16 * MIB, "cuda": 128 * MIB}
 CUDA_CONTEXT = 1 * GIB  # an allowance for CUDA's context, NCCL and the allocator's rounding; not measured
-# What glibc's heap keeps of freed memory between what stays, as a share of activations and bf16 copies: fitted by
-# eye to two bf16 measurements of one 42 M Llama (0.41, 0.60), not derived; other sizes are unmeasured.
-HEAP_SHARE = 0.5
+# What glibc's heap keeps of freed memory between what stays, as a share of activations, bf16 copies and head: fitted, not
+# derived. Measured, bf16 autocast, gradients accumulated: 0.51 (a 47 M Llama, 788 positions), 0.51 (SmolLM2-135M, 844
+# positions, 2 micro-batches a step), 0.74 (988 positions, 4 micro-batches a step).
+HEAP_SHARE = 0.6
 OPTIMIZER_BYTES = {"sgd": 0, "adamw_torch_8bit": 2, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_4bit": 1}
 ADAMW_BYTES = 8  # two float32 moments of each trainable parameter
 ZERO3_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
@@ -65,6 +71,7 @@ optimizer.step()
 print(psutil.Process().memory_info().rss)
 """
 
+ULTRAFEEDBACK_ROWS = 60_000  # about, of the paper's data sets
 METHODS = ("full", "lora")
 STRATEGIES = ("DDP", "FSDP2", "ZeRO-3")
 
@@ -79,6 +86,7 @@ class ModelSize:
     total: int  # a tied head is counted once
     embedding: int
     head: int  # vocab * dim, also where it is the embedding
+    vocab: int
     tied: bool
     backbone_linear: int  # weights of the backbone's matrix products: what autocast copies, what 6 N counts
     largest_layer: int  # what is gathered at a time where weights are sharded
@@ -87,22 +95,30 @@ class ModelSize:
     lora: int  # parameters of adapters on every matrix product of the backbone
 
 
-def build(name: str, trust_remote_code: bool) -> "PreTrainedModel":
-    """The model of a folder's or hub name's config.json, in float32; call it under a mode of fake tensors.
+def build(name: str, trust_remote_code: bool, dtype: str = "float32") -> "PreTrainedModel":
+    """The model of a folder's or hub name's config.json, on tensors without memory.
 
     Raises:
       UsageError: no such folder, the hub cannot be reached, or the configuration is of no causal language model.
     """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from bnf_train.load import _from_model
+    from bnf_train.load import from_model
+    from bnf_train.packed_attention import attend_by_response
 
-    config = _from_model(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
-    return _from_model(
-        name,
-        lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code),
-    )
+    try:
+        config = from_model(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    except UsageError as error:
+        if Path(name).exists():
+            raise
+        raise UsageError(f"{str(error)[:-1]}; for a plan a folder with its config.json and --rows are enough.") from error
+    kwargs = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    with FakeTensorMode():
+        model: PreTrainedModel = from_model(name, lambda: AutoModelForCausalLM.from_config(config, **kwargs))
+    attend_by_response(model)
+    return model
 
 
 def size_of(model: "PreTrainedModel", lora_rank: int) -> ModelSize:
@@ -119,6 +135,7 @@ def size_of(model: "PreTrainedModel", lora_rank: int) -> ModelSize:
         total=_count(model.parameters()),
         embedding=embedding.numel(),
         head=head.numel(),
+        vocab=len(head),
         tied=head is embedding,
         backbone_linear=_count(linear),
         largest_layer=largest,
@@ -136,15 +153,29 @@ def _count(parameters: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """What one epoch goes through, and its largest micro-batch."""
+class Work:
+    """What the work of one pass over some rows depends on."""
+
+    tokens: int  # prompts and responses
+    response_tokens: int
+    squares: float  # sum over responses of n^2
+
+    @classmethod
+    def of(cls, rows: "Iterable[Row]") -> "Work":
+        responses = [r for row in rows for r in row.responses]
+        lengths = [len(r.input_ids) for r in responses]
+        return cls(sum(lengths), sum(r.tokens for r in responses), float(sum(n * n for n in lengths)))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What one epoch and the reference pass go through, and the largest micro-batch."""
 
     source: str  # "counted" or an estimate from flags
     rows: int
     responses: int
-    tokens: int  # prompts and responses
-    response_tokens: int
-    squares: float  # sum over responses of n^2
+    epoch: Work
+    reference: Work  # held-out rows, too
     batch: dict[str, "Tensor"]  # the largest micro-batch, as the collator makes it
 
     @property
@@ -153,58 +184,38 @@ class Tokens:
         return self.batch["input_ids"].numel()
 
 
-def counted(rows: "Sequence[Row]", config: "BNFConfig", pad: int) -> Tokens:
-    """Tokens of real rows; the largest micro-batch is that of the epoch in a seeded order."""
+def counted(rows: "Sequence[Row]", held_out: "Sequence[Row]", size: int, seed: int, collator: "Collator") -> Data:
+    """Real rows; the largest micro-batch of `size` rows is that of an epoch in a seeded order."""
     import torch
 
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    size = config.per_device_train_batch_size
-    batches = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-    lengths = [len(r.input_ids) for row in rows for r in row.responses]
-    return Tokens(
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = (collator([rows[i] for i in order[start : start + size]]) for start in range(0, len(order), size))
+    work = Work.of(rows)
+    return Data(
         source="counted",
         rows=len(rows),
-        responses=len(lengths),
-        tokens=sum(lengths),
-        response_tokens=sum(r.tokens for row in rows for r in row.responses),
-        squares=float(sum(n * n for n in lengths)),
-        batch=_collated(max(batches, key=lambda batch: _positions(batch, config)), config, pad),
+        responses=sum(len(row.responses) for row in rows),
+        epoch=work,
+        reference=Work.of([*rows, *held_out]),
+        batch=max(batches, key=lambda batch: batch["input_ids"].numel()),
     )
 
 
-def estimated(rows: int, prompt: int, response: int, config: "BNFConfig") -> Tokens:
-    """Pairs of two responses of one length; the largest micro-batch is of responses as long as --max_length allows."""
+def estimated(rows: int, prompt: int, response: int, longest: int, size: int, collator: "Collator") -> Data:
+    """Pairs of two responses of one length; the largest micro-batch is of responses of the `longest` length."""
     from bnf_train.data import Response, Row
 
-    n = min(prompt + response, config.max_length)
-    pair = Row("", [Response([0] * config.max_length, max(config.max_length * prompt // (prompt + response), 1), True)] * 2)
-    return Tokens(
+    n = min(prompt + response, longest)
+    pair = Row("", [Response([0] * longest, max(longest * prompt // (prompt + response), 1), True)] * 2)
+    work = Work(2 * rows * n, 2 * rows * max(n - prompt, 1), 2.0 * rows * n * n)
+    return Data(
         source=f"estimated: {rows:,} pairs, prompts of {prompt} tokens, responses of {response}",
         rows=rows,
         responses=2 * rows,
-        tokens=2 * rows * n,
-        response_tokens=2 * rows * max(n - prompt, 1),
-        squares=2.0 * rows * n * n,
-        batch=_collated([pair] * config.per_device_train_batch_size, config, 0),
+        epoch=work,
+        reference=work,
+        batch=collator([pair] * size),
     )
-
-
-def _positions(rows: "Sequence[Row]", config: "BNFConfig") -> int:
-    return _collated(rows, config, 0)["input_ids"].numel()
-
-
-def _collated(rows: "Sequence[Row]", config: "BNFConfig", pad: int) -> dict[str, "Tensor"]:
-    from bnf_train.collate import Collator
-
-    return Collator(pad, config.packing, _attention_width(config.model, config.trust_remote_code))(rows)
-
-
-@functools.cache
-def _attention_width(name: str, trust_remote_code: bool) -> float:
-    """Of `bnf_train.collate.attention_width`, from the configuration alone: attention that computes what it masks."""
-    from transformers import AutoConfig
-
-    return 6.0 * float(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config().hidden_size)
 
 
 # --- memory: one function per term, bytes per process ------------------------------------------------------------------
@@ -240,14 +251,19 @@ def optimizer_bytes(trainable: int, strategy: str, gpus: int, optim: str) -> int
     return each * trainable // (1 if strategy == "DDP" else gpus)
 
 
-def head_bytes(size: ModelSize, frozen: bool, device: str) -> int:
+def head_chunk(tokens: int, vocab: int, device: str, bf16: bool) -> int:
+    """Exponentials of all response tokens of a micro-batch and tiles of logits, or of as many as the head allows itself."""
+    return min(HEAD_CHUNK[device], HEAD_TILES[device] + (2 if bf16 else 4) * tokens * vocab)
+
+
+def head_bytes(size: ModelSize, frozen: bool, device: str, chunk: int) -> int:
     """4 V d of dweight in float32 and a chunk of exponentials; where the weight is frozen tiles of logits only."""
-    return HEAD_TILES[device] if frozen else 4 * size.head + HEAD_CHUNK[device]
+    return HEAD_TILES[device] if frozen else 4 * size.head + chunk
 
 
-def rows_bytes(tokens: Tokens) -> int:
+def rows_bytes(tokens: int) -> int:
     """44 bytes a token: its id in a Python list, and the reference log-odds. In the memory of the host."""
-    return ROW_BYTES * tokens.tokens
+    return ROW_BYTES * tokens
 
 
 def base_bytes() -> int:
@@ -256,55 +272,111 @@ def base_bytes() -> int:
     return int(done.stdout.split()[-1])
 
 
-def heap_bytes(activations: int, copies: int) -> int:
-    """Half of activations and bf16 copies: holes in the heap of a CPU process, an empirical share (see HEAP_SHARE)."""
-    return round(HEAP_SHARE * (activations + copies))
+def heap_bytes(held: int) -> int:
+    """0.6 of activations, bf16 copies and head: holes in the heap of a CPU process, an empirical share (see HEAP_SHARE)."""
+    return round(HEAP_SHARE * held)
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Traced bytes of one micro-batch, beyond weights and gradients; bf16 copies of weights are in both."""
+class Traced:
+    """Bytes of one micro-batch beyond weights, optimizer and gradients that were there before it."""
 
-    after_forward: int  # what backward will need, when the head begins
-    in_backward: int  # the most at any time
-
-
-def activation_bytes(traced: Activations, copies: int, head: int, chunk: int) -> int:
-    """What the worst moment holds beside weights, gradients, optimizer, copies and head.
-
-    That moment is the head's (everything is saved, the chunk is there) or in backward (a layer's gradients are).
-    """
-    return max(max(traced.after_forward + head, traced.in_backward + head - chunk) - head - copies, 0)
+    after_forward: int  # what backward will need, bf16 copies of weights included, when the head begins
+    most: int  # at any time, the head's own included
 
 
-def trace(model: "PreTrainedModel", batch: dict[str, "Tensor"], bf16: bool, checkpointing: bool) -> Activations:
-    """One forward and backward of the backbone over `batch` without memory: every allocation and release is counted.
+def trace(
+    model: "PreTrainedModel", batch: dict[str, "Tensor"], bf16: bool, checkpointing: bool, accumulates: bool = True
+) -> Traced:
+    """One forward and backward pass over `batch` without memory: every allocation and release is counted.
 
-    Exact for whatever the architecture saves, attention masks included; what kernels use inside is not seen.
-    Call it under the mode of fake tensors that the model was built in.
+    Exact for whatever the architecture saves; what kernels use inside is not seen. Of the head it has what
+    `linear_bnf_loss` allocates. With `accumulates` gradients of an earlier micro-batch are there already, not counted.
     """
     import torch
 
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_disable()
+    switch = "enable" if checkpointing else "disable"
+    names = (f"{name}_checkpointing_{switch}" for name in ("activation", "gradient"))
+    getattr(
+        model, next(name for name in names if hasattr(model, name))
+    )()  # named anew in transformers 5.23, where the old name warns
     model.train()
-    for p in model.parameters():  # gradients are there already, as in all micro-batches but the first
-        p.grad = torch.zeros_like(p)
-    inputs = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items() if k in INPUTS}
-    with (live := _live_bytes()), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        after_forward = live.now
-        scalar = hidden.sum()
-    del hidden
-    with live:
-        scalar.backward()
+    weight: Any = model.get_output_embeddings().weight
+    with _known_lengths(model, batch) as alone, weight.fake_mode, (live := _live_bytes()):
+        inputs = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items() if k in INPUTS}
+        places = torch.empty(batch["response_positions"].shape, dtype=torch.long)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if accumulates else None
+        live.now = live.most = 0
+        if alone:
+            inputs.pop("attention_mask", None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+            after_forward = live.now
+            hidden = hidden.flatten(0, 1).index_select(0, places)
+            chunk = head_chunk(len(places), len(weight), "cpu", bf16)
+            loss = _head_allocations().apply(hidden, weight, chunk)
+        del hidden
+        loss.backward()
     model.zero_grad()
-    return Activations(after_forward, live.most)
+    return Traced(after_forward, live.most)
 
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@contextlib.contextmanager
+def _known_lengths(model: "PreTrainedModel", batch: dict[str, "Tensor"]) -> Iterator[bool]:
+    """As `bnf_train.packed_attention`, which reads lengths off a mask: a mask without memory has no values to read.
+
+    Whether responses attend each on its own, so that no mask is needed.
+    """
+    import torch
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    given = model.config._attn_implementation
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    padded = mask is not None and not bool(mask.all())
+    if not given.startswith("sdpa") or padded:
+        model.set_attn_implementation("sdpa" if given.startswith("sdpa") else given)
+        yield False
+        model.set_attn_implementation(given)
+        return
+    length = batch["input_ids"].shape[1]
+    first = [0] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in itertools.pairwise([*first, length])]
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
+
+    AttentionInterface.register("sdpa_of_known_lengths", attend)
+    model.set_attn_implementation("sdpa_of_known_lengths")
+    yield True
+    model.set_attn_implementation(given)
+
+
+def _head_allocations() -> Any:
+    """What `linear_bnf_loss` holds: a chunk, and from forward to backward the gradients of hidden states and weight."""
+    import torch
+    from torch import Tensor
+
+    class Head(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+            held = torch.empty(chunk, dtype=torch.uint8)
+            gradient = torch.empty_like(weight, dtype=torch.float32)
+            del held
+            ctx.gradients = torch.empty_like(hidden), gradient.to(weight.dtype)
+            return hidden.new_zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            gradients, ctx.gradients = ctx.gradients, None
+            return *gradients, None
+
+    return Head
 
 
 def _live_bytes() -> Any:
@@ -344,25 +416,25 @@ def _live_bytes() -> Any:
 # --- work ------------------------------------------------------------------------------------------------------------
 
 
-def backbone_flops(size: ModelSize, tokens: Tokens, epochs: float, checkpointing: bool) -> float:
+def backbone_flops(size: ModelSize, work: Work, epochs: float, checkpointing: bool) -> float:
     """6 P N: 2 forward, 4 backward, for each weight of the backbone's products and token; 8 P N where it is recomputed."""
-    return (8 if checkpointing else 6) * size.backbone_linear * tokens.tokens * epochs
+    return (8 if checkpointing else 6) * size.backbone_linear * work.tokens * epochs
 
 
-def attention_flops(size: ModelSize, tokens: Tokens, epochs: float, checkpointing: bool) -> float:
+def attention_flops(size: ModelSize, work: Work, epochs: float, checkpointing: bool) -> float:
     """6 n^2 per layer and unit of width: 2 n^2 forward (two products, causal half), 4 n^2 backward; 8 n^2 recomputed."""
-    return (8 if checkpointing else 6) * size.layers * size.attention_width * tokens.squares * epochs
+    return (8 if checkpointing else 6) * size.layers * size.attention_width * work.squares * epochs
 
 
-def head_flops(size: ModelSize, tokens: Tokens, epochs: float, products: int) -> float:
+def head_flops(size: ModelSize, work: Work, epochs: float, products: int) -> float:
     """2 V d per response token and product: three for BNF (logits, dhidden, dweight), four where backward recomputes."""
-    return 2 * products * size.head * tokens.response_tokens * epochs
+    return 2 * products * size.head * work.response_tokens * epochs
 
 
-def reference_flops(size: ModelSize, tokens: Tokens) -> float:
+def reference_flops(size: ModelSize, work: Work) -> float:
     """2 P N + 2 n^2 + 2 V d, forward only, once."""
-    attention = 2 * size.layers * size.attention_width * tokens.squares
-    return 2 * size.backbone_linear * tokens.tokens + attention + 2 * size.head * tokens.response_tokens
+    attention = 2 * size.layers * size.attention_width * work.squares
+    return 2 * size.backbone_linear * work.tokens + attention + 2 * size.head * work.response_tokens
 
 
 def gpu_hours(flops: float, peak_tflops: float, utilization: float) -> float:
@@ -375,63 +447,74 @@ def gpu_hours(flops: float, peak_tflops: float, utilization: float) -> float:
 
 def plan(config: "BNFConfig", flags: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed, as numbers; bytes, tokens, FLOPs."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    model = build(config.model, config.trust_remote_code, config.dtype)
+    size = size_of(model, config.lora_r)
+    data = _data(config, flags, model)
+    bf16, width = bool(config.bf16), 2 if config.dtype == "bfloat16" else 4
+    assert config.batch_size is not None
+    accumulates = config.batch_size > config.per_device_train_batch_size and data.rows > config.per_device_train_batch_size
+    traces = {on: trace(model, data.batch, bf16, on, accumulates) for on in (False, True)}
 
-    tokens = _tokens(config, flags)
-    bf16, bf16_weights = bool(config.bf16), getattr(config, "dtype", "float32") == "bfloat16"
-    with FakeTensorMode():
-        model = build(config.model, config.trust_remote_code)
-        size = size_of(model, flags.lora_rank)
-        traces = {on: trace(model, tokens.batch, bf16, on) for on in (False, True)}
-    products = 3 if config.objective == "bnf" else 4
+    steps_per_epoch = math.ceil(data.rows / config.batch_size)
+    limited = config.max_steps > 0  # goes before epochs, as in training
+    epochs = config.max_steps / steps_per_epoch if limited else config.num_train_epochs
+    steps = config.max_steps if limited else math.ceil(steps_per_epoch * epochs)
     checkpointing = bool(config.gradient_checkpointing)
-    epochs = config.num_train_epochs
     flops = {
-        "backbone": backbone_flops(size, tokens, epochs, checkpointing),
-        "attention": attention_flops(size, tokens, epochs, checkpointing),
-        "head": head_flops(size, tokens, epochs, products),
-        "reference pass": reference_flops(size, tokens),
+        "backbone": backbone_flops(size, data.epoch, epochs, checkpointing),
+        "attention": attention_flops(size, data.epoch, epochs, checkpointing),
+        "head": head_flops(size, data.epoch, epochs, 3 if config.objective == "bnf" else 4),
+        "reference pass": reference_flops(size, data.reference),
     }
     total = sum(flops.values())
-    assert config.batch_size is not None
-    steps = math.ceil(math.ceil(tokens.rows / config.batch_size) * epochs)
-    paper = PAPER.get(config.model, PAPER[PAPER_MODEL])
-    width = 2 if bf16_weights else 4
+    paper = next((name for name, (_, parameters) in PAPER.items() if parameters == size.total), None)
+    paper_hours = PAPER[paper or PAPER_MODEL][0]
+    copies = autocast_bytes(size, bf16 and width == 4)
+    chunk = {device: head_chunk(len(data.batch["response_labels"]), size.vocab, device, bf16) for device in HEAD_CHUNK}
 
     def memory(method: str, strategy: str, gpus: int, on: bool, device: str, base: int) -> dict[str, Any]:
-        trainable = size.lora if method == "lora" else size.total
-        adapters = size.lora if method == "lora" else 0
-        copies = autocast_bytes(size, bf16 and not bf16_weights)
-        head = head_bytes(size, method == "lora", device)
-        chunk = (HEAD_TILES if method == "lora" else HEAD_CHUNK)[device]
+        lora = method == "lora"
+        trainable = size.lora if lora else size.total
+        # what the worst moment holds beside weights, optimizer and all gradients: copies, head, and the rest
+        beyond = traces[on].after_forward if lora else traces[on].most - (0 if accumulates else width * size.total)
+        held = {"bf16 copies": copies}
+        held["head"] = 0 if lora else head_bytes(size, False, "cpu", chunk["cpu"])
+        for name in held:
+            held[name] = min(held[name], beyond)
+            beyond = max(beyond - held[name], 0)
+        if lora:
+            held["head"] = head_bytes(size, True, device, 0)
+        elif device != "cpu":
+            held["head"] += chunk[device] - chunk["cpu"]
         terms = {
             "base": base,
-            "weights": weight_bytes(size, strategy, gpus, width) + 4 * adapters,
-            "bf16 copies": copies,
-            "gradients": gradient_bytes(size, trainable, strategy, gpus, width),
+            "weights": weight_bytes(size, strategy, gpus, width) + (4 * size.lora if lora else 0),
+            "gradients": gradient_bytes(size, trainable, strategy, gpus, 4 if lora else width),
             "optimizer": optimizer_bytes(trainable, strategy, gpus, str(config.optim.value)),
-            "activations": activation_bytes(traces[on], copies, head, chunk),
-            "head": head,
+            **held,
+            "activations": beyond,
         }
         if device == "cpu":
-            terms["heap"] = heap_bytes(terms["activations"], copies)
-        return {
-            "method": method, "strategy": strategy, "checkpointing": on, **terms, "total": sum(terms.values())
-        }  # fmt: skip
+            terms["heap"] = heap_bytes(beyond + sum(held.values()))
+        return {"method": method, "strategy": strategy, "checkpointing": on, **terms, "total": sum(terms.values())}
 
+    base = base_bytes() + rows_bytes(data.reference.tokens)
     return {
         "model": config.model,
         "parameters": dataclasses.asdict(size) | {"trainable": {"full": size.total, "lora": size.lora}},
-        "data": {k: getattr(tokens, k) for k in ("source", "rows", "responses", "tokens", "response_tokens", "positions")},
+        "data": {"source": data.source, "rows": data.rows, "responses": data.responses, "positions": data.positions}
+        | {"tokens": data.epoch.tokens, "response_tokens": data.epoch.response_tokens},
         "rows_per_step": config.batch_size,
-        "steps": config.max_steps if config.max_steps > 0 else steps,
+        "steps": steps,
         "epochs": epochs,
+        "tokens": round(data.epoch.tokens * epochs),
         "flops": flops | {"total": total},
         "gpu_hours": gpu_hours(total, flags.peak_tflops, flags.utilization),
         "utilization": flags.utilization,
         "peak_tflops": flags.peak_tflops,
-        "paper_gpu_hours": paper,
-        "paper_utilization": gpu_hours(total, PAPER_TFLOPS, 1.0) / paper if config.model in PAPER else None,
+        "paper_model": paper or PAPER_MODEL,
+        "paper_gpu_hours": paper_hours,
+        "paper_utilization": gpu_hours(total, PAPER_TFLOPS, 1.0) / paper_hours if paper else None,
         "bf16": bf16,
         "gpus": flags.gpus,
         "gpu_memory": [
@@ -440,33 +523,32 @@ def plan(config: "BNFConfig", flags: argparse.Namespace) -> dict[str, Any]:
             for strategy in STRATEGIES
             for on in (False, True)
         ],
-        "cpu_memory": [
-            memory("full", "DDP", 1, on, "cpu", base) for base in [base_bytes() + rows_bytes(tokens)] for on in (False, True)
-        ],
+        "cpu_memory": [memory(method, "DDP", 1, on, "cpu", base) for method in METHODS for on in (False, True)],
     }
 
 
-def _tokens(config: "BNFConfig", flags: argparse.Namespace) -> Tokens:
+def _data(config: "BNFConfig", flags: argparse.Namespace, model: "PreTrainedModel") -> Data:
     """Counted where the dataset is a local file and the model's folder has a tokenizer; else estimated from flags."""
     from rich.console import Console
 
-    from bnf_train.__main__ import _rows
+    from bnf_train.collate import Collator, attention_width
+    from bnf_train.data import read_and_tokenize
     from bnf_train.load import context_length, load_tokenizer
 
     context = context_length(config.model, config.trust_remote_code)
     config.max_length = min(config.max_length, context or config.max_length)
+    size, width = config.per_device_train_batch_size, attention_width(model)
     assert config.dataset is not None
-    if Path(config.dataset).exists() and any(Path(config.model).glob("tokenizer*")):
+    there = Path(config.dataset).exists()
+    if flags.rows is None and there and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        rows, _ = _rows(config, tokenizer, Console(quiet=True))
-        return counted(rows, config, int(tokenizer.pad_token_id or 0))
-    if Path(config.dataset).suffix and not Path(config.dataset).exists():
-        raise (
-            UsageError(f"{config.dataset}: no such file.")
-            if config.dataset.endswith((".jsonl", ".json"))
-            else UsageError(f"--dataset {config.dataset}: no such file.")
-        )
-    return estimated(flags.rows, flags.prompt_tokens, flags.response_tokens, config)
+        rows, held_out = read_and_tokenize(config, tokenizer, Console(quiet=True))
+        return counted(rows, held_out, size, config.seed, Collator(int(tokenizer.pad_token_id or 0), config.packing, width))
+    if flags.rows is None and not there and Path(config.dataset).suffix:
+        raise UsageError(f"--dataset {config.dataset}: no such file; without data pass --rows in its place.")
+    collator = Collator(0, config.packing, width)
+    rows_given = flags.rows or ULTRAFEEDBACK_ROWS
+    return estimated(rows_given, flags.prompt_tokens, flags.response_tokens, config.max_length, size, collator)
 
 
 def tables(result: dict[str, Any]) -> "Iterator[RenderableType]":
@@ -474,40 +556,52 @@ def tables(result: dict[str, Any]) -> "Iterator[RenderableType]":
     from rich.table import Table
 
     sizes, data, flops = result["parameters"], result["data"], result["flops"]
-    summary = Table(title=f"{result['model']}: plan", show_header=False)
-    head = f"{sizes['head']:,}, {'tied to the embedding' if sizes['tied'] else 'untied'}"
+    summary = Table(title="Plan of a training run", show_header=False)
+    summary.add_column(no_wrap=True)
+    summary.add_column(overflow="fold")  # a long path is not cut
     hours = f"{result['gpu_hours']:.3g} at {result['utilization']:.0%} of {result['peak_tflops']:g} TFLOP/s"
-    paper = f"{result['paper_gpu_hours']} A100-hours for " + (result["model"] if result["model"] in PAPER else PAPER_MODEL)
+    paper = f"{result['paper_gpu_hours']} A100-hours for {result['paper_model']}"
+    if result["paper_utilization"] is not None:
+        paper += f"; these FLOPs in that time are {result['paper_utilization']:.0%} of an A100's {PAPER_TFLOPS:g} TFLOP/s"
     for name, value in (
+        ("model", result["model"]),
         ("parameters", f"{sizes['total']:,}, all trainable; LoRA {sizes['trainable']['lora']:,}"),
-        ("embedding; head", f"{sizes['embedding']:,}; {head}"),
-        ("data", f"{data['source']}"),
+        ("embedding; head", f"{sizes['embedding']:,}; {sizes['head']:,}, {'tied' if sizes['tied'] else 'untied'}"),
+        ("data", data["source"]),
         ("rows, responses", f"{data['rows']:,}, {data['responses']:,}"),
-        ("tokens, of them response", f"{data['tokens']:,}, {data['response_tokens']:,} an epoch"),
+        ("tokens an epoch", f"{data['tokens']:,}, of them response {data['response_tokens']:,}"),
         ("largest micro-batch", f"{data['positions']:,} positions"),
-        ("optimizer steps", f"{result['steps']:,} of {result['rows_per_step']} rows"),
+        ("optimizer steps", f"{result['steps']:,} of {result['rows_per_step']} rows: {result['epochs']:.3g} epochs"),
+        ("tokens in all", f"{result['tokens']:,}"),
         *((f"FLOPs, {name}", f"{value:.3e}") for name, value in flops.items()),
         ("GPU-hours", hours),
         ("the paper's", paper),
     ):
         summary.add_row(name, value)
-    if result["paper_utilization"] is not None:
-        summary.add_row("", f"these FLOPs in that time are {result['paper_utilization']:.0%} of an A100's {PAPER_TFLOPS:g}")
     yield summary
-    yield _memory_table(f"GiB on each of {result['gpus']} GPUs (formulas)", result["gpu_memory"])
+    yield _memory_table(f"GiB on each of {result['gpus']} GPUs (formulas, not measured)", result["gpu_memory"])
     yield _memory_table("GiB of one CPU process", result["cpu_memory"])
 
 
 def _memory_table(title: str, lines: list[dict[str, Any]]) -> "RenderableType":
+    """A column for each way of training, which 80 characters have room for; below what checkpointing changes."""
     from rich.table import Table
 
     terms = [name for name in lines[0] if name not in ("method", "strategy", "checkpointing")]
-    table = Table(title=title)
-    for name in ("training", "checkpointing", *terms):
-        table.add_column(name, justify="right" if name in terms else "left")
-    for line in lines:
-        values = [f"{line[name] / GIB:.2f}" for name in terms]
-        table.add_row(f"{line['method']}, {line['strategy']}", "yes" if line["checkpointing"] else "no", *values)
+    plain, checkpointed = ([line for line in lines if line["checkpointing"] is on] for on in (False, True))
+    table = Table("", title=title)
+    for line in plain:
+        table.add_column(f"{line['method']}\n{line['strategy']}", justify="right", no_wrap=True)
+
+    def add(name: str, of: list[dict[str, Any]], last: bool) -> None:
+        table.add_row(name, *(f"{line[name] / GIB:.2f}" for line in of), end_section=last)
+
+    for name in terms:
+        add(name, plain, last=name == terms[-1])
+    changed = [name for name in terms if [line[name] for line in plain] != [line[name] for line in checkpointed]]
+    table.add_row("checkpointing:")
+    for name in changed:
+        add(name, checkpointed, last=False)
     return table
 
 
@@ -524,19 +618,20 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "utilization": (float, 0.4, "share of the peak that training reaches"),
         "peak_tflops": (float, PAPER_TFLOPS, "peak of one GPU in bf16, 10^12 FLOP/s (A100: 312, H100: 989)"),
         "gpus": (int, 8, "GPUs that DDP, FSDP2 and ZeRO-3 spread over"),
-        "lora_rank": (int, 16, "rank of LoRA's adapters, on every matrix of the backbone"),
-        "rows": (int, 60_000, "pairs of a dataset that is no local file (UltraFeedback: about 60,000)"),
+        "rows": (int, None, "pairs, in place of reading --dataset (default for a dataset of the hub: 60,000)"),
         "prompt_tokens": (int, 200, "tokens of a prompt, estimated where they cannot be counted"),
         "response_tokens": (int, 400, "tokens of a response, estimated where they cannot be counted"),
     }
     for name, (kind, default, text) in numbers.items():
         names = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*names, dest=name, type=kind, default=default, help=f"{text} (default: {default})")
+        more = "" if default is None else f" (default: {default})"
+        parser.add_argument(*names, dest=name, type=kind, default=default, help=text + more)
     parser.add_argument("--json", metavar="FILE", help="write the plan there too, as JSON; - prints JSON only")
     flags, rest = parser.parse_known_args(list(arguments))
     for name in numbers:
-        if not getattr(flags, name) > 0:
-            raise UsageError(f"--{name}: expected a number above 0, got {getattr(flags, name)}.")
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name}: expected a number above 0, got {value}.")
     if flags.utilization > 1:
         raise UsageError(f"--utilization: expected a share of at most 1, got {flags.utilization}.")
     return flags, rest
@@ -549,7 +644,8 @@ def main(arguments: list[str] | None = None) -> int:
         flags, rest = _flags(sys.argv[1:] if arguments is None else arguments)
         from bnf_train.config import parse
 
-        result = plan(parse(rest), flags)
+        # --rows stands in place of a dataset, and of what the config says when there is none
+        result = plan(parse(rest if flags.rows is None else [*rest, "--dataset", "rows"]), flags)
         text = json.dumps(result, indent=2) + "\n"
         if flags.json == "-":
             print(text, end="")

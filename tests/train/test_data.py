@@ -17,11 +17,21 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from bnf_train.__main__ import _rows
 from bnf_train.collate import Collator
 from bnf_train.config import parse
 from bnf_train.conversations import to_conversations
-from bnf_train.data import Counts, Response, Row, Rules, has_splits, mask_pairs, read_rows, split_by_prompt, tokenize
+from bnf_train.data import (
+    Counts,
+    Response,
+    Row,
+    Rules,
+    has_splits,
+    mask_pairs,
+    read_and_tokenize,
+    read_rows,
+    split_by_prompt,
+    tokenize,
+)
 from bnf_train.errors import UsageError
 from bnf_train.render import show
 
@@ -355,7 +365,8 @@ def test_a_run_prints_what_it_did_with_the_rows(
     flags = ["--dataset", str(rows), "--eval_size", "0", "--empty", "drop", "--duplicates", "drop"]
     flags += ["--pairing-ratio", "0.25", "--show-examples", "1", "--output_dir", str(tmp_path / "out")]
     text = io.StringIO()
-    train_rows, held_out = _rows(parse(flags), tokenizer, Console(file=text, soft_wrap=True, highlight=False))
+    console = Console(file=text, soft_wrap=True, highlight=False)
+    train_rows, held_out = read_and_tokenize(parse(flags), tokenizer, console)
     assert [len(row.responses) for row in train_rows].count(2) == 2
     assert not held_out
     printed = text.getvalue()
@@ -370,7 +381,7 @@ def test_a_run_prints_what_it_did_with_the_rows(
         assert line in printed
     assert "Row 2: " not in printed
     with pytest.raises(UsageError, match=r"--pairing_ratio 0\.25: makes single responses of pairs, and --objective dpo"):
-        _rows(parse([*flags, "--objective", "dpo"]), tokenizer, Console(quiet=True))
+        read_and_tokenize(parse([*flags, "--objective", "dpo"]), tokenizer, Console(quiet=True))
 
 
 # --- batches and splits ----------------------------------------------------------------------------------------------
