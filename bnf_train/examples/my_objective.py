@@ -1,6 +1,6 @@
 """An objective of your own in bnf_train; keyword-only parameters are flags:
 
-python -m bnf_train --objective examples/my_objective.py:weighted_bnf --dispreferred_weight 0.5
+python -m bnf_train --objective bnf_train/examples/my_objective.py:weighted_bnf --dispreferred_weight 0.5
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""BNF in a training loop of your own; full logits are never held: python examples/plain_pytorch.py [MODEL ROWS.jsonl]"""
+"""BNF in a training loop of your own, without full logits: python bnf_train/examples/plain_pytorch.py [MODEL ROWS.jsonl]"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""BNF in transformers.Trainer by compute_loss_func: python examples/transformers_trainer.py [MODEL ROWS.jsonl]"""
+"""BNF in transformers.Trainer by compute_loss_func: python bnf_train/examples/transformers_trainer.py [MODEL ROWS.jsonl]"""
 
 import sys
 

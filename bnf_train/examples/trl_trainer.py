@@ -1,4 +1,4 @@
-"""BNF in a trainer of TRL (not a dependency; written for 1.16): python examples/trl_trainer.py [MODEL ROWS.jsonl]"""
+"""BNF in a trainer of TRL (not a dependency; written for 1.16): python bnf_train/examples/trl_trainer.py [MODEL ROWS.jsonl]"""
 
 import sys
 
