@@ -176,19 +176,32 @@ class Data:
     responses: int
     epoch: Work
     reference: Work  # held-out rows, too
-    batch: dict[str, "Tensor"]  # the largest micro-batch, as the collator makes it
+    batches: dict[str, dict[str, "Tensor"]]  # the largest micro-batch ("cuda"), and the largest pass of one process ("cpu")
 
     @property
-    def positions(self) -> int:
-        """Positions of the largest micro-batch, padding included."""
-        return self.batch["input_ids"].numel()
+    def positions(self) -> dict[str, int]:
+        """Positions of each, padding included."""
+        return {device: batch["input_ids"].numel() for device, batch in self.batches.items()}
 
 
-def counted(rows: "Sequence[Row]", held_out: "Sequence[Row]", size: int, seed: int, collator: "Collator") -> Data:
-    """Real rows; the largest micro-batch of `size` rows is that of an epoch in a seeded order."""
+def largest(batches: "Iterable[dict[str, Tensor]]", config: "BNFConfig") -> dict[str, dict[str, "Tensor"]]:
+    """Of micro-batches: the one with most positions, and the same of the passes that --tokens_per_pass makes of them."""
+    from bnf_train.collate import passes
+
+    def positions(batch: "dict[str, Tensor]") -> int:
+        return batch["input_ids"].numel()
+
+    every, most = list(batches), config.tokens_per_pass or math.inf
+    parts = [part for batch in every for part in passes(batch, most, whole_rows=config.objective != "bnf")]
+    return {"cuda": max(every, key=positions), "cpu": max(parts, key=positions)}
+
+
+def counted(rows: "Sequence[Row]", held_out: "Sequence[Row]", config: "BNFConfig", collator: "Collator") -> Data:
+    """Real rows; the largest micro-batch is that of an epoch in a seeded order."""
     import torch
 
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    size = config.per_device_train_batch_size
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     batches = (collator([rows[i] for i in order[start : start + size]]) for start in range(0, len(order), size))
     work = Work.of(rows)
     return Data(
@@ -197,14 +210,15 @@ def counted(rows: "Sequence[Row]", held_out: "Sequence[Row]", size: int, seed: i
         responses=sum(len(row.responses) for row in rows),
         epoch=work,
         reference=Work.of([*rows, *held_out]),
-        batch=max(batches, key=lambda batch: batch["input_ids"].numel()),
+        batches=largest(batches, config),
     )
 
 
-def estimated(rows: int, prompt: int, response: int, longest: int, size: int, collator: "Collator") -> Data:
-    """Pairs of two responses of one length; the largest micro-batch is of responses of the `longest` length."""
+def estimated(rows: int, prompt: int, response: int, config: "BNFConfig", collator: "Collator") -> Data:
+    """Pairs of two responses of one length; the largest micro-batch is of responses of --max_length tokens."""
     from bnf_train.data import Response, Row
 
+    longest = config.max_length
     n = min(prompt + response, longest)
     pair = Row("", [Response([0] * longest, max(longest * prompt // (prompt + response), 1), True)] * 2)
     work = Work(2 * rows * n, 2 * rows * max(n - prompt, 1), 2.0 * rows * n * n)
@@ -214,7 +228,7 @@ def estimated(rows: int, prompt: int, response: int, longest: int, size: int, co
         responses=2 * rows,
         epoch=work,
         reference=work,
-        batch=collator([pair] * size),
+        batches=largest([collator([pair] * config.per_device_train_batch_size)], config),
     )
 
 
@@ -453,7 +467,13 @@ def plan(config: "BNFConfig", flags: argparse.Namespace) -> dict[str, Any]:
     bf16, width = bool(config.bf16), 2 if config.dtype == "bfloat16" else 4
     assert config.batch_size is not None
     accumulates = config.batch_size > config.per_device_train_batch_size and data.rows > config.per_device_train_batch_size
-    traces = {on: trace(model, data.batch, bf16, on, accumulates) for on in (False, True)}
+    several = data.positions["cpu"] < data.positions["cuda"]  # gradients of a pass stay while the next one runs, too
+    accumulating = {"cuda": accumulates, "cpu": accumulates or several}
+    traces = {
+        (on, device): trace(model, batch, bf16, on, accumulating[device])
+        for device, batch in data.batches.items()
+        for on in (False, True)
+    }
 
     steps_per_epoch = math.ceil(data.rows / config.batch_size)
     limited = config.max_steps > 0  # goes before epochs, as in training
@@ -470,13 +490,15 @@ def plan(config: "BNFConfig", flags: argparse.Namespace) -> dict[str, Any]:
     paper = next((name for name, (_, parameters) in PAPER.items() if parameters == size.total), None)
     paper_hours = PAPER[paper or PAPER_MODEL][0]
     copies = autocast_bytes(size, bf16 and width == 4)
-    chunk = {device: head_chunk(len(data.batch["response_labels"]), size.vocab, device, bf16) for device in HEAD_CHUNK}
+    labels = {device: len(batch["response_labels"]) for device, batch in data.batches.items()}
 
     def memory(method: str, strategy: str, gpus: int, on: bool, device: str, base: int) -> dict[str, Any]:
         lora = method == "lora"
         trainable = size.lora if lora else size.total
         # what the worst moment holds beside weights, optimizer and all gradients: copies, head, and the rest
-        beyond = traces[on].after_forward if lora else traces[on].most - (0 if accumulates else width * size.total)
+        traced = traces[on, device]
+        beyond = traced.after_forward if lora else traced.most - (0 if accumulating[device] else width * size.total)
+        chunk = {name: head_chunk(labels[device], size.vocab, name, bf16) for name in HEAD_CHUNK}
         held = {"bf16 copies": copies}
         held["head"] = 0 if lora else head_bytes(size, False, "cpu", chunk["cpu"])
         for name in held:
@@ -537,18 +559,18 @@ def _data(config: "BNFConfig", flags: argparse.Namespace, model: "PreTrainedMode
 
     context = context_length(config.model, config.trust_remote_code)
     config.max_length = min(config.max_length, context or config.max_length)
-    size, width = config.per_device_train_batch_size, attention_width(model)
+    width = attention_width(model)
     assert config.dataset is not None
     there = Path(config.dataset).exists()
     if flags.rows is None and there and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         rows, held_out = read_and_tokenize(config, tokenizer, Console(quiet=True))
-        return counted(rows, held_out, size, config.seed, Collator(int(tokenizer.pad_token_id or 0), config.packing, width))
+        return counted(rows, held_out, config, Collator(int(tokenizer.pad_token_id or 0), config.packing, width))
     if flags.rows is None and not there and Path(config.dataset).suffix:
         raise UsageError(f"--dataset {config.dataset}: no such file; without data pass --rows in its place.")
     collator = Collator(0, config.packing, width)
     rows_given = flags.rows or ULTRAFEEDBACK_ROWS
-    return estimated(rows_given, flags.prompt_tokens, flags.response_tokens, config.max_length, size, collator)
+    return estimated(rows_given, flags.prompt_tokens, flags.response_tokens, config, collator)
 
 
 def tables(result: dict[str, Any]) -> "Iterator[RenderableType]":
@@ -570,7 +592,7 @@ def tables(result: dict[str, Any]) -> "Iterator[RenderableType]":
         ("data", data["source"]),
         ("rows, responses", f"{data['rows']:,}, {data['responses']:,}"),
         ("tokens an epoch", f"{data['tokens']:,}, of them response {data['response_tokens']:,}"),
-        ("largest micro-batch", f"{data['positions']:,} positions"),
+        ("largest micro-batch", f"{data['positions']['cuda']:,} positions; on a CPU {data['positions']['cpu']:,} at a time"),
         ("optimizer steps", f"{result['steps']:,} of {result['rows_per_step']} rows: {result['epochs']:.3g} epochs"),
         ("tokens in all", f"{result['tokens']:,}"),
         *((f"FLOPs, {name}", f"{value:.3e}") for name, value in flops.items()),
