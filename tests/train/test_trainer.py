@@ -13,7 +13,7 @@ from preference_rows import PAIRS, SINGLES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import OBJECTIVES, bnf
-from bnf_train.__main__ import main
+from bnf_train.__main__ import main, run
 from bnf_train.collate import Collator, passes
 from bnf_train.config import parse
 from bnf_train.data import Row, tokenize
@@ -185,6 +185,21 @@ def test_a_run_leaves_a_model_that_plain_transformers_loads(
         assert shift["preferred"] > shift["dispreferred"]
     assert metrics["held_out"]["eval_responses/dispreferred"] >= 1
     assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compiled_layers_compute_the_same(model_folder: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    """--torch_compile, with dynamo's own backend, which needs no C++ compiler: layers are traced, and the losses stay."""
+    flags = ["--model", str(model_folder), "--dataset", str(write_rows(PAIRS)), "--max_length", "100", "--bf16", "false"]
+    flags += ["--batch_size", "4", "--per_device_train_batch_size", "2", "--learning_rate", "0.01", "--disable_tqdm", "true"]
+    losses = []
+    for name, more in (("plain", []), ("compiled", ["--torch_compile_backend", "eager"])):
+        config = parse([*flags, *more, "--output_dir", str(tmp_path / name)])
+        trainer = run(config)
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        compiled = [type(m).__name__ for m in trainer.model.modules() if m._compiled_call_impl is not None]
+        assert compiled == (["LlamaDecoderLayer"] * 2 if more else [])
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_sequences_are_no_longer_than_the_model_was_made_for(
