@@ -4,7 +4,10 @@ Over a packed sequence of n tokens, scaled_dot_product_attention with a mask is 
 Cut at the places that see nothing before them it is what the responses cost alone, and computed as they would be alone.
 """
 
+import inspect
 import itertools
+import re
+import sys
 from typing import Any
 
 import torch
@@ -17,9 +20,26 @@ NAME = "sdpa_by_response"
 
 
 def attend_by_response(model: PreTrainedModel) -> None:
-    """Let a model that attends by "sdpa" attend within each packed response; other implementations are left alone."""
-    if model.config._attn_implementation == "sdpa":
+    """Let a model that attends by "sdpa" attend within each packed response; other implementations are left alone.
+
+    So are models whose own code puts what it attends to into the mask for "sdpa" by that name, and leaves it out of the
+    mask for others, as sparse attention does (DeepSeek-V3.2): under another name they would be other models.
+    """
+    if model.config._attn_implementation == "sdpa" and not _knows_sdpa_by_name(model):
         model.set_attn_implementation(NAME)
+
+
+def _knows_sdpa_by_name(model: PreTrainedModel) -> bool:
+    """Looked for in the source, as transformers looks for whether an implementation can be set at all."""
+    names = {type(part).__module__ for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return any(re.search(r"_attn_implementation in [(\[{][^)\]}]*[\"']sdpa[\"']", _source(name)) for name in names)
+
+
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # transformers sets no implementation there, either
+        return ""
 
 
 @torch.compiler.disable  # how many responses there are is another number in every batch

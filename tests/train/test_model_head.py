@@ -13,6 +13,7 @@ from bnf_core import linear_log_odds, reference, token_log_odds
 from bnf_train import model_head
 from bnf_train.errors import UsageError
 from bnf_train.model_head import attach_log_odds_head, can_pack
+from bnf_train.packed_attention import NAME, attend_by_response
 
 SIZES = {
     "vocab_size": 37,
@@ -188,8 +189,6 @@ def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_attention_by_response_has_the_gradients_of_attention_over_the_whole(name: str) -> None:
     """And cuts where responses begin: it calls scaled_dot_product_attention once for each."""
-    from bnf_train.packed_attention import NAME, attend_by_response
-
     whole, cut = tiny(name), tiny(name)
     for model in (whole, cut):
         model.set_attn_implementation("sdpa")
@@ -207,6 +206,20 @@ def test_attention_by_response_has_the_gradients_of_attention_over_the_whole(nam
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
     for (key, one), other in zip(whole.named_parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_sparse_attention_that_goes_by_the_name_of_sdpa_stays_sparse() -> None:
+    """DeepSeek-V3.2 selects what a token attends to in the mask for "sdpa", and for other names leaves it to the kernel."""
+    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
+    sparse = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16, "mlp_layer_types": ["dense"] * 2}
+    options = {k: v for k, v in SIZES.items() if k != "head_dim"} | {"num_key_value_heads": 2} | sizes | sparse
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("deepseek_v32", **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = torch.randint(37, (1, 24))
+    expected = model(input_ids=ids).logits
+    attend_by_response(model)
+    assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_a_model_whose_packed_responses_see_each_other_is_found_out() -> None:
