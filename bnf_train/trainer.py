@@ -94,9 +94,11 @@ class BNFTrainer(EnduringTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in passes of at most --tokens_per_pass tokens: the same gradient, activations of fewer tokens.
 
-        In one process only: processes would have to agree on how many passes there are.
+        In one process only: processes would have to agree on how many passes there are. Not under DeepSpeed, which takes
+        its optimizer step in the backward pass.
         """
-        most = self.args.tokens_per_pass if self.accelerator.num_processes == 1 else math.inf
+        alone = self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled
+        most = self.args.tokens_per_pass if alone else math.inf
         parts = passes(inputs, most or math.inf, whole_rows=not self.one_pass)
         if len(parts) > 1 and num_items_in_batch is None:
             num_items_in_batch = torch.tensor(self._losses_in(inputs), device=self.args.device)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import OBJECTIVES, bnf
 from bnf_train.__main__ import main, run
+from bnf_train.callbacks import EnduringTrainer
 from bnf_train.collate import Collator, passes
 from bnf_train.config import parse
 from bnf_train.data import Row, tokenize
@@ -127,6 +128,29 @@ def test_passes_are_the_batch_in_parts(model_folder: Path) -> None:
     assert passes(batch, 1e9) == [batch]
     padded = Collator(1)(rows)
     assert passes(padded, 1) == [padded]
+
+
+def test_a_micro_batch_is_one_pass_under_deepspeed(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine steps in the backward pass: a second pass would be a second step."""
+    sizes: list[int] = []
+
+    def step(trainer: BNFTrainer, model: Any, inputs: dict[str, torch.Tensor], number: Any = None) -> torch.Tensor:
+        trainer.is_deepspeed_enabled = False  # there is no engine here
+        sizes.append(len(inputs["row"]))
+        return torch.zeros(())
+
+    def first(trainer: BNFTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        trainer.is_deepspeed_enabled = True
+        return taken(trainer, *args, **kwargs)
+
+    taken = BNFTrainer.training_step
+    monkeypatch.setattr(EnduringTrainer, "training_step", step)
+    one_step(model_folder, PAIRS, 8, 1, packed=True, tokens_per_pass=1)
+    assert len(sizes) > 1
+    sizes.clear()
+    monkeypatch.setattr(BNFTrainer, "training_step", first)
+    one_step(model_folder, PAIRS, 8, 1, packed=True, tokens_per_pass=1)
+    assert len(sizes) == 1
 
 
 def test_bnf_in_one_pass_is_bnf_from_log_odds(model_folder: Path) -> None:
