@@ -7,6 +7,7 @@ Without arguments it trains the embedded demo. For a real one:
 """
 
 import gc
+import json
 import logging
 import sys
 import time
@@ -94,7 +95,7 @@ def run(config: "BNFConfig", embedded: bool = False, callbacks: Sequence["Traine
     train_rows, held_out = read_and_tokenize(config, tokenizer, console)
     config.rows_digest = data.digest(train_rows)
     if resumed:
-        checkpoint.check_same_run(resumed, config.to_dict())
+        checkpoint.check_same_run(resumed, json.loads(config.to_json_string()))
     objective, pairwise = resolve(config)
     if pairwise and any(len(row.responses) == 1 for row in train_rows + held_out):
         raise UsageError(

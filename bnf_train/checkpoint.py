@@ -29,7 +29,6 @@ MANIFEST = "complete.json"
 ARGUMENTS = "training_args.json"
 # flags that a resumed run shares with the run that it goes on with; --max_steps and epochs may grow
 SAME = (
-    "rows_digest",
     "objective",
     "hyperparameters",
     "seed",
@@ -38,6 +37,7 @@ SAME = (
     "gradient_accumulation_steps",
     "optim",
     "use_peft",
+    "rows_digest",  # last: another seed holds other rows out
 )
 LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a folder
 
@@ -163,7 +163,7 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
     return None
 
 
-def check_same_run(folder: Path, config: Mapping[str, Any]) -> None:
+def check_same_run(folder: Path, arguments: Mapping[str, Any]) -> None:
     """A resumed run goes on where it was only with the same rows in the same batches, objective and optimizer.
 
     Raises:
@@ -174,7 +174,7 @@ def check_same_run(folder: Path, config: Mapping[str, Any]) -> None:
     except (OSError, ValueError):  # of another trainer
         return
     for name in SAME:
-        before, now = then.get(name), json.loads(json.dumps(config.get(name)))
+        before, now = then.get(name), arguments.get(name)
         if name in then and before != now:
             what = "the training rows" if name == "rows_digest" else f"--{name} {now}"
             was = "are others" if name == "rows_digest" else f"was {before}"

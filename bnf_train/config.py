@@ -266,6 +266,11 @@ class BNFConfig(TrainingArguments):
         """As TrainingArguments', with the objective's hyper-parameters under the names of their flags."""
         return {**super().to_dict(), **self.hyperparameters}
 
+    def to_json_string(self) -> str:
+        """Beside each checkpoint: what `checkpoint.check_same_run` compares, too."""
+        own = {"rows_digest": self.rows_digest, "hyperparameters": self.hyperparameters}
+        return json.dumps(json.loads(super().to_json_string()) | own, indent=2)
+
     def _set_accumulation(self, accumulate: int | None) -> None:
         rows = self.per_device_train_batch_size * self.world_size
         if accumulate is None:

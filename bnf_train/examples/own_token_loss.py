@@ -1,4 +1,4 @@
-"""A token loss of your own: three products, no gradient by hand: python bnf_train/examples/own_token_loss.py [MODEL ROWS.jsonl]"""
+"""A token loss of your own, no gradient by hand: python bnf_train/examples/own_token_loss.py [MODEL ROWS.jsonl]"""
 
 import sys
 

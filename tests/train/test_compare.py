@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from preference_rows import PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train.arm import Measures, answers, paragraphs, perplexity
-from bnf_train.compare import compare, main
+from bnf_train.compare import Arm, compare, main
 from bnf_train.compare_report import COLUMNS, START, markdown, summaries, write
 from bnf_train.config import parse
 from bnf_train.data import Response, Row
-from bnf_train.errors import UsageError
+from bnf_train.errors import Interrupted, UsageError
 from bnf_train.model_head import attach_log_odds_head
 
 SECONDS = ("train_seconds", "tokens_per_second", "peak_gib")
@@ -53,7 +54,8 @@ def test_arms_run_once_and_the_report_is_of_what_they_left(
     for name in ("report.html", "compare.md", "curves.png", "tradeoff.png"):
         assert (output / name).stat().st_size > 500
     page = (output / "report.html").read_text()
-    assert "http" not in page
+    assert "http://" not in page
+    assert "https://" not in page
     assert "1e38" in page
     assert not list(output.glob("arms/*/*.safetensors"))
 
@@ -118,6 +120,49 @@ def test_answers_are_greedy_and_end_where_the_turn_does(model_folder: Path) -> N
         assert answer["tokens"] == len(ids) - len(prompt)
 
 
+def test_answers_end_at_every_end_of_turn_and_repetition_is_not_penalised(model_folder: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    config = parse([f"--model={model_folder}", "--dataset=x.jsonl", "--bf16=false", "--use_cpu=true", "--max_length=64"])
+    rows, measures = [Row("", [Response([5, 6, 7, 1], 3, True)])], Measures(Path("unused"), responses=1, max_new_tokens=6)
+    (plain,) = answers(model, tokenizer, rows, config, measures)
+    greedy = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1, do_sample=False)[0, -1].item()
+    model.generation_config.repetition_penalty = 50.0
+    assert answers(model, tokenizer, rows, config, measures) == [plain]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, greedy]
+    (ended,) = answers(model, tokenizer, rows, config, measures)
+    assert ended["tokens"] == 1 < plain["tokens"]
+    assert model.generation_config.repetition_penalty == 50.0  # what is saved with the model
+
+
+def test_a_finished_arm_was_run_and_measured_alike_or_is_refused(tmp_path: Path) -> None:
+    def arm(shared: dict[str, Any]) -> Arm:
+        return Arm("bnf", 0, tmp_path, ["--objective=bnf"], shared)
+
+    def left(text: str) -> None:
+        (tmp_path / "arm.json").write_text(text)
+
+    left("")  # of a machine that went down
+    assert arm({}).finished() is None
+    left(json.dumps({"arguments": ["--objective=bnf"], "shared": {"max_steps": 2, "responses": 8}}))
+    assert arm({"max_steps": 2, "responses": 8}).finished()
+    for other in ({"max_steps": 3, "responses": 8}, {"responses": 8}, {"max_steps": 2, "responses": 0}):
+        with pytest.raises(UsageError, match=r"this arm was run with (max_steps 2|responses 8)"):
+            arm(other).finished()
+
+
+def test_a_stopped_arm_stops_the_comparison_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = pickle.loads(pickle.dumps(Interrupted(15, "saved x")))  # as it comes from an arm's process
+
+    def stopped(arguments: list[str]) -> None:
+        raise stop
+
+    monkeypatch.setattr("bnf_train.compare.compare", stopped)
+    assert main([]) == 143
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def run_of(name: str, seed: int, shift: float, **more: Any) -> dict[str, Any]:
     def point(step: int, shift: float) -> dict[str, Any]:
         return {"step": step, "eval_logp_shift_per_token/preferred": shift, "probe_perplexity": 10.0 + step}
@@ -155,6 +200,10 @@ def test_summaries_are_means_over_seeds_with_the_smallest_and_the_largest(tmp_pa
         (["--arms", "bnf", "--probe", "nowhere.txt"], "--probe nowhere.txt"),
         (["--arms", "bnf", "--seeds", "one"], "--seeds"),
         (["--arms", "bnf", "--learning_rates", "fast"], "--learning_rates"),
+        (["--arms", ""], "expected an objective and flags"),
+        (["--arms", "dpo beta='0.1"], "expected an objective and flags"),
+        (["--arms", "bnf", "--seeds", "-1"], "--seeds"),
+        (["--arms", "bnf", "--responses", "-1"], "--responses"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_trained(
@@ -171,5 +220,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="new or empty folder"):
         compare(["--arms", "bnf", "--output_dir", str(tmp_path)])
+    with pytest.raises(UsageError, match="new or empty folder"):
+        compare(["--arms", "bnf", "--output_dir", str(tmp_path / "thesis.tex")])
     with pytest.raises(UsageError, match="paragraphs"):
         paragraphs(Path(os.devnull))

@@ -26,6 +26,7 @@ from bnf_train.data import Response, Row
 from bnf_train.errors import UsageError
 from bnf_train.model_head import attach_log_odds_head
 from bnf_train.reference_cache import add_ref_log_odds, check_same_tokens
+from bnf_train.scale_out import compile_layers
 
 CPU = torch.device("cpu")
 VOCAB = 48
@@ -209,7 +210,14 @@ DIFFERENCES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "transformers": lambda m: versions(reference_cache.transformers, m) or {},
     "bnf-align": lambda m: versions(reference_cache.bnf_core, m) or {},
     "architecture": lambda _: {"model": other_class()},
+    "compiled": lambda _: {"model": compiled()},
 }
+
+
+def compiled() -> Any:
+    model = tiny_model()
+    compile_layers(model, "eager", None)
+    return model
 
 
 def other_class() -> Any:

@@ -283,5 +283,5 @@ def test_without_the_hub_the_papers_preset_fails_within_seconds(tmp_path: Path) 
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: meta-llama/Meta-Llama-3-8B-Instruct: the model could not be fetched")
+    assert last.startswith("error: --model meta-llama/Meta-Llama-3-8B-Instruct: the model could not be fetched")
     assert "pass --model with a local model folder" in last
