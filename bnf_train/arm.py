@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from bnf_train.__main__ import run
 from bnf_train.collate import Collator, model_inputs
@@ -111,6 +111,8 @@ def perplexity(
         total -= float(F.logsigmoid(log_odds.double()).sum())
         tokens += len(log_odds)
     model.train(training)
+    if not tokens:
+        raise UsageError("--probe: expected paragraphs of more than one token.")
     return float(torch.tensor(total / tokens, dtype=torch.float64).exp())
 
 
@@ -127,25 +129,21 @@ def answers(
     pad = int(tokenizer.pad_token_id or 0)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=config.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=config.device)
-    training = model.training
+    training, own = model.training, model.generation_config
+    configured = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = {int(end) for end in (*configured, tokenizer.eos_token_id) if end is not None}  # gemma: <end_of_turn>, too
     model.eval()
+    # in the place of the checkpoint's own, which may sample or penalise repetition
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=measures.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad
+    )
     with torch.autocast(config.device.type, torch.bfloat16, enabled=bool(config.bf16)):
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=measures.max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            # greedy, whatever the model's own generation settings say
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
+        output = model.generate(input_ids=ids, attention_mask=mask)
+    model.generation_config = own
     model.train(training)
     result = []
     for prompt, line in zip(prompts, output[:, longest:].tolist(), strict=True):
-        end = line.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in line else len(line)
+        end = next((k + 1 for k, token in enumerate(line) if token in ends), len(line))
         result.append(
             {
                 "prompt": tokenizer.decode(prompt, skip_special_tokens=True),

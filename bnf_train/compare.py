@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from bnf_train import demo
 from bnf_train.arm import Measures, paragraphs, train_arm
 from bnf_train.compare_report import table, write
 from bnf_train.config import parse, read_yaml
-from bnf_train.errors import Interrupted, UsageError
+from bnf_train.errors import Interrupted, UsageError, is_out_of_memory
 
 # of every arm, unless the command or the --config file says otherwise
 DEFAULTS = {
@@ -51,17 +51,28 @@ class Arm:
     seed: int
     folder: Path
     arguments: list[str]
+    shared: dict[str, Any] = field(default_factory=dict)  # keys of the --config file, and what is measured
 
     def finished(self) -> dict[str, Any] | None:
         """What the run left, or None.
 
         Raises:
-          UsageError: it was run with other flags.
+          UsageError: it was run with other flags, another --config file, or measured otherwise.
         """
         path = self.folder / "arm.json"
         if not path.is_file():
             return None
-        result: dict[str, Any] = json.loads(path.read_text())
+        try:
+            result: dict[str, Any] = json.loads(path.read_text())
+        except ValueError:  # the machine went down before it was on the disk
+            return None
+        now = json.loads(json.dumps(self.shared, default=str))
+        then = result.get("shared", now)
+        if changed := sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key)):
+            raise UsageError(
+                f"{path}: this arm was run with {changed[0]} {then.get(changed[0])} in place of {now.get(changed[0])}; remove "
+                f"{self.folder} or pass another --output_dir."
+            )
         if result["arguments"] != self.arguments:
             raise UsageError(
                 f"{path}: this arm was run with other flags ({shlex.join(result['arguments'])}); remove {self.folder} or "
@@ -76,9 +87,14 @@ class Arm:
         with ProcessPoolExecutor(1, mp_context=context) as process:
             try:
                 result = process.submit(train_arm, self.arguments, measures, before).result()
-            except (UsageError, BrokenProcessPool) as error:
-                died = isinstance(error, BrokenProcessPool)
-                return self._about() | {"failed": "its process was killed, out of memory?" if died else str(error)}
+            except BrokenProcessPool:
+                return self._about() | {"failed": "its process was killed, out of memory?"}
+            except UsageError as error:
+                return self._about() | {"failed": str(error)}
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return self._about() | {"failed": f"out of memory ({' '.join(str(error).split())[:200]})"}
         result |= self._about()
         partial = self.folder / "arm.json.tmp"
         partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -86,21 +102,22 @@ class Arm:
         return result
 
     def _about(self) -> dict[str, Any]:
-        return {"name": self.name, "seed": self.seed, "arguments": self.arguments}
+        about = {"name": self.name, "seed": self.seed, "arguments": self.arguments, "shared": self.shared}
+        return json.loads(json.dumps(about, default=str))
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         compare(arguments)
-    except (UsageError, Interrupted) as error:
+    except UsageError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
-        return error.code if isinstance(error, Interrupted) else 2
-    except KeyboardInterrupt:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Interrupted) as stop:  # of this process, or of an arm's
         print("Stopped; the same command goes on with the arms that have not finished.", file=sys.stderr)
-        return 130
+        return stop.code if isinstance(stop, Interrupted) else 130
     return 0
 
 
@@ -115,7 +132,7 @@ def compare(arguments: Sequence[str]) -> None:
         )
     options, common = _options(arguments)
     output = Path(options["output_dir"])
-    if output.exists() and not (output / "common.yaml").exists() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or (not (output / "common.yaml").exists() and any(output.iterdir()))):
         raise UsageError(f"--output_dir {output}: expected a new or empty folder, or that of a comparison to go on with.")
     measures = Measures(
         Path(options["probe"]), options["responses"], options["max_new_tokens"], keep_model=options["keep_models"]
@@ -124,7 +141,8 @@ def compare(arguments: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     in_file = {key: value for key, value in common.items() if key != "flags"}
     (output / "common.yaml").write_text(yaml.safe_dump(DEFAULTS | {"reference_cache": str(output / "reference")} | in_file))
-    arms = list(_arms(options, common["flags"], output))
+    shared = in_file | {name: options[name] for name in ("probe", "responses", "max_new_tokens")}
+    arms = list(_arms(options, common["flags"], output, shared))
     for arm in arms:
         parse(arm.arguments)  # what is wrong in the last arm is said before the first one is run
     results = [arm.finished() for arm in arms]
@@ -179,15 +197,28 @@ def _options(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     options |= {key: value for key, value in given.items() if key in OWN}
     if not isinstance(options.get("arms"), list) or not options["arms"]:
         raise UsageError('--arms is missing: name at least one, such as --arms bnf dpo "simpo beta=2.5 gamma=0.5".')
+    for key in ("seeds", "learning_rates"):
+        if not isinstance(options[key], list):
+            options[key] = [options[key]]
+    for key, least, values in (
+        ("seeds", 0, options["seeds"]),
+        ("responses", 0, [options["responses"]]),
+        ("max_new_tokens", 1, [options["max_new_tokens"]]),
+    ):
+        if wrong := [v for v in values if not isinstance(v, int) or isinstance(v, bool) or v < least]:
+            raise UsageError(f"--{key}: expected whole numbers of at least {least}, got {wrong[0]}.")
     return options, in_file | {"flags": flags}
 
 
-def _arms(options: dict[str, Any], flags: Sequence[str], output: Path) -> Iterator[Arm]:
+def _arms(options: dict[str, Any], flags: Sequence[str], output: Path, shared: dict[str, Any]) -> Iterator[Arm]:
     """Every arm at every learning rate with every seed; seed by seed, so that an early look at the report is fair."""
     names = set()
     for seed in options["seeds"]:
         for spec in options["arms"]:
-            objective, *own = shlex.split(str(spec))
+            try:
+                objective, *own = shlex.split(str(spec))
+            except ValueError:  # nothing, or a quotation that does not end
+                objective, own = "=", []
             if "=" in objective or any("=" not in word for word in own):
                 raise UsageError(f'--arms "{spec}": expected an objective and flags as name=value, such as "dpo beta=0.1".')
             for rate in map(_number, options["learning_rates"]) if options["learning_rates"] else [None]:
@@ -199,7 +230,7 @@ def _arms(options: dict[str, Any], flags: Sequence[str], output: Path) -> Iterat
                 chosen = [f"--objective={objective}", *(f"--{word}" for word in own), f"--seed={seed}"]
                 chosen += [f"--learning_rate={rate}"] if rate is not None else []
                 arguments = [f"--config={output / 'common.yaml'}", *flags, *chosen, f"--output_dir={folder}"]
-                yield Arm(name, seed, folder, arguments)
+                yield Arm(name, seed, folder, arguments, shared)
 
 
 def _number(value: Any) -> float:

@@ -14,6 +14,11 @@ class Interrupted(Exception):
         name = signal.Signals(number).name
         super().__init__(f"{name}: {how_to_go_on}")
         self.code = 128 + number
+        self.number, self.how_to_go_on = number, how_to_go_on
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str]]:
+        """Between processes: exceptions are built again from what they were built from, and that is not their message."""
+        return type(self), (self.number, self.how_to_go_on)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
