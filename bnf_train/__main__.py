@@ -94,6 +94,8 @@ def run(config: "BNFConfig", embedded: bool = False, callbacks: Sequence["Traine
             config.max_length = context
     train_rows, held_out = read_and_tokenize(config, tokenizer, console)
     config.rows_digest = data.digest(train_rows)
+    if not held_out:  # the preset evaluates, and --eval_size 0 leaves nothing to do it on
+        config.eval_strategy, config.eval_on_start = transformers.IntervalStrategy.NO, False
     if resumed:
         checkpoint.check_same_run(resumed, json.loads(config.to_json_string()))
     objective, pairwise = resolve(config)

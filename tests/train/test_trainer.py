@@ -211,6 +211,12 @@ def test_a_run_leaves_a_model_that_plain_transformers_loads(
     assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_nothing_held_out_is_nothing_evaluated(model_folder: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    flags = ["--eval_size", "0", "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "1", "--batch_size", "2"]
+    data = ["--model", str(model_folder), "--dataset", str(write_rows(PAIRS)), "--max_length", "100"]
+    assert main([*data, *flags, "--output_dir", str(tmp_path / "out")]) == 0
+
+
 def test_compiled_layers_compute_the_same(model_folder: Path, write_rows: WriteRows, tmp_path: Path) -> None:
     """--torch_compile, with dynamo's own backend, which needs no C++ compiler: layers are traced, and the losses stay."""
     flags = ["--model", str(model_folder), "--dataset", str(write_rows(PAIRS)), "--max_length", "100", "--bf16", "false"]
