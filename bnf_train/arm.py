@@ -1,10 +1,13 @@
 """One arm of a comparison: a run of bnf_train, and what is measured beside its held-out metrics."""
 
+import os
 import resource
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -43,6 +46,7 @@ def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dic
     Args:
       before: measure the starting point, too: it is that of all arms with this seed.
     """
+    _stop_with(os.getppid())
     config = parse(arguments)
     config.eval_on_start = before
     texts = paragraphs(measures.probe)
@@ -71,6 +75,17 @@ def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dic
         for path in Path(str(config.output_dir)).glob("*.safetensors"):
             path.unlink()
     return result
+
+
+def _stop_with(parent: int) -> None:
+    """Ends this process where its parent was killed: the next comparison would write where it still does."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Beside(TrainerCallback):
@@ -129,13 +144,19 @@ def answers(
     pad = int(tokenizer.pad_token_id or 0)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=config.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=config.device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = measures.max_new_tokens if context is None else min(measures.max_new_tokens, context - longest)
+    if room < 1:
+        raise UsageError(
+            f"--max_length {config.max_length}: a prompt of {longest} tokens leaves no room for an answer."
+        )
     training, own = model.training, model.generation_config
     configured = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {int(end) for end in (*configured, tokenizer.eos_token_id) if end is not None}  # gemma: <end_of_turn>, too
     model.eval()
     # in the place of the checkpoint's own, which may sample or penalise repetition
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=measures.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad
+        do_sample=False, max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=pad
     )
     with torch.autocast(config.device.type, torch.bfloat16, enabled=bool(config.bf16)):
         output = model.generate(input_ids=ids, attention_mask=mask)
@@ -152,10 +173,6 @@ def answers(
             }
         )
     return result
-
-
-def mean_length(given: Sequence[dict[str, Any]] | None) -> float | None:
-    return fmean(answer["tokens"] for answer in given) if given else None
 
 
 def paragraphs(path: Path) -> list[str]:

@@ -33,9 +33,11 @@ SAME = (
     "hyperparameters",
     "seed",
     "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    "batch_size",  # of the step, not of a process: there may be more or fewer of them
     "optim",
+    "learning_rate",  # optimizer and schedule come from the checkpoint, so another one would go unheard
+    "lr_scheduler_type",
+    "weight_decay",
     "use_peft",
     "rows_digest",  # last: another seed holds other rows out
 )

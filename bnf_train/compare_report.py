@@ -3,6 +3,7 @@
 import base64
 import datetime
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +40,7 @@ COLUMNS: dict[str, tuple[Callable[[Result], float | None], str]] = {
     "probe perplexity": (_last("probe_perplexity"), ".4g"),
     "entropy, preferred (nats)": (_last("eval_entropy/preferred"), ".3f"),
     "answer length (tokens)": (_mean_length, ".0f"),
-    "training seconds": (lambda result: result["train_seconds"], ".0f"),
+    "seconds, evaluations included": (lambda result: result["train_seconds"], ".0f"),
     "tokens per second": (lambda result: result["tokens_per_second"], ".0f"),
     "peak memory (GiB)": (lambda result: result["peak_gib"], ".2f"),
 }
@@ -77,6 +78,8 @@ def _curve(result: Result, results: Sequence[Result]) -> list[Mapping[str, Any]]
 
 def _over(values: Iterable[float | None]) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
+    if any(math.isnan(value) for value in known):  # one seed's failure is the arm's, and min() would lose it
+        known = [math.nan]
     return {"mean": fmean(known), "min": min(known), "max": max(known), "runs": len(known)} if known else None
 
 
@@ -122,13 +125,22 @@ def _in_table(text: str) -> str:
 def write(folder: Path, results: Sequence[Result]) -> None:
     """All files, each whole or not at all."""
     arms = summaries(results)
-    _replace(folder / "compare.json", (json.dumps({"arms": arms, "runs": list(results)}, indent=1) + "\n").encode())
+    _replace(folder / "compare.json", (json.dumps(_json({"arms": arms, "runs": list(results)}), indent=1) + "\n").encode())
     _replace(folder / "compare.md", markdown(results).encode())
     images = {}
     for name, draw in (("curves", _curves), ("tradeoff", _tradeoff)):
         images[name] = _png(draw(results))
         _replace(folder / f"{name}.png", images[name])
     _replace(folder / "report.html", _page(results, arms, images).encode())
+
+
+def _json(value: Any) -> Any:
+    """NaN and infinity as text: JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, list) else value
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -250,7 +250,8 @@ def test_another_run_is_not_gone_on_with(train: Run, write_rows: Callable[..., P
     others = {
         "--seed 7 was 42": {"seed": "7"},
         "--objective dpo was bnf": {"objective": "dpo"},
-        "--gradient_accumulation_steps 1 was 2": {"batch_size": "1"},
+        "--batch_size 1 was 2": {"batch_size": "1"},
+        "--learning_rate 0.1 was 0.01": {"learning_rate": "0.1"},
         "the training rows are others": {"dataset": str(write_rows(PAIRS[1:], "others.jsonl"))},
     }
     for words, flags in others.items():
