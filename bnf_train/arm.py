@@ -147,9 +147,7 @@ def answers(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = measures.max_new_tokens if context is None else min(measures.max_new_tokens, context - longest)
     if room < 1:
-        raise UsageError(
-            f"--max_length {config.max_length}: a prompt of {longest} tokens leaves no room for an answer."
-        )
+        raise UsageError(f"--max_length {config.max_length}: a prompt of {longest} tokens leaves no room for an answer.")
     training, own = model.training, model.generation_config
     configured = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {int(end) for end in (*configured, tokenizer.eos_token_id) if end is not None}  # gemma: <end_of_turn>, too

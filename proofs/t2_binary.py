@@ -2,7 +2,8 @@
 
 l = z_y - log A with A = sum_{j != y} e^{z_j}; q_j = pi_j / (1 - pi_y). The entropy's term has no gradient: f is a
 constant and q's own weights are f's. For any V: log pi_j = log q_j + log(1 - pi_y), so that
--sum_{j != y} (1 - f_y) q_j log pi_j = (1 - f_y) (H(q) - log(1 - pi_y)). What follows is used everywhere: dl/dz_y = 1, dl/dz_j = -q_j.
+-sum_{j != y} (1 - f_y) q_j log pi_j = (1 - f_y) (H(q) - log(1 - pi_y)). What follows is used
+everywhere: dl/dz_y = 1, dl/dz_j = -q_j.
 """
 
 import sympy as sp
