@@ -115,7 +115,15 @@ def test_stopped_and_resumed_two_processes_end_with_the_same_weights(flags: Call
     config = tmp_path / "untied" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.001}))
     resumed = [*stopped, "--resume_from_checkpoint", "auto"]
-    launch_runs("ddp.yaml", tmp_path, {"flags": undisturbed}, {"flags": stopped, "stop": [1, 5]}, {"flags": resumed})
+    # in the same launch, which takes longer than the runs: 5 rows, so that a process has a micro-batch without any
+    five = tmp_path / "five.jsonl"
+    five.write_text("".join(json.dumps(row) + "\n" for row in PAIRS[:5]))
+    whole = ("--dataset", str(five), "--batch_size", "8", "--num_train_epochs", "6", "--per_device_train_batch_size")
+    uneven = {"flags": flags("uneven", 2, True, False, *whole, "1")}
+    stops = {"flags": stopped, "stop": [1, 5]}
+    launch_runs("ddp.yaml", tmp_path, {"flags": undisturbed}, stops, {"flags": resumed}, uneven)
+    assert main(flags("even", 1, True, False, *whole, "8")) == 0
+    same_run(tmp_path / "uneven", tmp_path / "even")
     assert [c.name for c in checkpoints(tmp_path / "stopped")] == ["checkpoint-2", "checkpoint-6"]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "undisturbed"))
     assert ours.keys() == theirs.keys()
