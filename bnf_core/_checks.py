@@ -26,12 +26,17 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"expected all tensors on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}.")
 
 
-def check_labels(labels: object, shape: tuple[int, ...], vocab: int) -> None:
-    """`labels` is an integer tensor of `shape` holding token ids in [0, vocab) or -100."""
+def check_label_shape(labels: object, shape: tuple[int, ...]) -> None:
+    """`labels` is an integer tensor of `shape`."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected an integer tensor, got {describe(labels)}.")
     if tuple(labels.shape) != shape:
         raise ValueError(f"labels: expected shape {shape}, one per position, got {describe(labels)}.")
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...], vocab: int) -> None:
+    """`labels` is an integer tensor of `shape` holding token ids in [0, vocab) or -100."""
+    check_label_shape(labels, shape)
     bad = (labels != IGNORE) & ((labels < 0) | (labels >= vocab))
     if bad.any():
         position = first_position(bad)

@@ -9,7 +9,7 @@ from torch import Tensor
 from bnf_core.head import linear_token_loss
 from bnf_core.objectives import bnf_weight
 
-__all__ = ["linear_bnf_loss"]
+__all__ = ["linear_bnf_loss", "weighted_nll"]
 
 
 def linear_bnf_loss(
@@ -58,11 +58,11 @@ def linear_bnf_loss(
     """
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
     options |= {"implementation": implementation, "chunk_size": chunk_size, "exact": exact}
-    loss, log_odds, entropy = linear_token_loss(hidden, weight, labels, _weighted_nll, ref_log_odds, coefficient, **options)
+    loss, log_odds, entropy = linear_token_loss(hidden, weight, labels, weighted_nll, ref_log_odds, coefficient, **options)
     w = bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype))
     # (1 - w) H has no gradient; 0 where the label is -100, because H is
     return loss + ((1 - w) * entropy * coefficient).sum(), log_odds, entropy
 
 
-def _weighted_nll(log_odds: Tensor, ref_log_odds: Tensor, coefficient: Tensor) -> Tensor:
+def weighted_nll(log_odds: Tensor, ref_log_odds: Tensor, coefficient: Tensor) -> Tensor:
     return -coefficient * bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) * F.logsigmoid(log_odds)

@@ -2,46 +2,21 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bnf_core._checks import IGNORE, check_floating, check_labels, check_positive, check_same_device, describe
-from bnf_core.head.chunked import log_odds_chunked, token_loss_chunked
-from bnf_core.head.compiled import log_odds_compiled, token_loss_compiled
-from bnf_core.head.naive import HeadOptions, log_odds_naive, token_log_odds, token_loss_naive
+from bnf_core._checks import IGNORE, check_floating, check_label_shape, check_labels, check_positive, check_same_device, describe
+from bnf_core.head.autograd import FOLDS, TOKEN_LOSSES, ClosureLoss, log_odds_op, token_loss_op
+from bnf_core.head.closure import TokenLoss
+from bnf_core.head.naive import log_odds_naive, token_log_odds, token_loss_naive
+from bnf_core.head.transform import HeadOptions
 
-__all__ = ["IMPLEMENTATIONS", "linear_log_odds", "linear_token_loss", "token_log_odds"]
+__all__ = ["IMPLEMENTATIONS", "TOKEN_LOSSES", "linear_log_odds", "linear_token_loss", "token_log_odds"]
 
-
-class Implementation(NamedTuple):
-    """The two functions of a file in this folder; one signature each."""
-
-    log_odds: Callable[..., tuple[Tensor, Tensor]]
-    token_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def _triton_log_odds(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from bnf_core.head.triton import log_odds_triton  # imported where it is used: triton is slow to import, and optional
-
-    return log_odds_triton(*arguments)
-
-
-def _triton_token_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from bnf_core.head.triton import token_loss_triton
-
-    return token_loss_triton(*arguments)
-
-
-IMPLEMENTATIONS = {
-    "naive": Implementation(log_odds_naive, token_loss_naive),
-    "chunked": Implementation(log_odds_chunked, token_loss_chunked),
-    "compiled": Implementation(log_odds_compiled, token_loss_compiled),
-    "triton": Implementation(_triton_log_odds, _triton_token_loss),
-}
+IMPLEMENTATIONS = ("naive", *FOLDS)
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -100,18 +75,22 @@ def linear_log_odds(
       >>> log_odds  # logits (2, 1, 1): 2 - log(2e)
       tensor([0.3069])
     """
-    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
-    kept = (labels != IGNORE).nonzero().squeeze(-1)
-    with torch.autocast(hidden.device.type, enabled=False):
-        log_odds, entropy = _opaque(path.log_odds)(hidden.index_select(0, kept), weight, labels[kept].long(), bias, options)
-    return _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+    options, name = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
+    labels = labels.long()
+    if name == "naive":
+        kept, (hidden, targets) = _chosen(labels, len(weight), hidden, labels)
+        with torch.autocast(hidden.device.type, enabled=False):
+            log_odds, entropy = log_odds_naive(hidden, weight, targets, bias, options)
+        return _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+    log_odds, entropy, _ = log_odds_op(hidden, weight, labels, bias, *_plain(options), name)
+    return log_odds, entropy
 
 
 def linear_token_loss(
     hidden: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "vocab dim"],
     labels: Int[Tensor, " tokens"],
-    token_loss: Callable[..., Float[Tensor, " some_tokens"]],
+    token_loss: TokenLoss,
     *per_token: Tensor,
     bias: Float[Tensor, " vocab"] | None = None,
     softcap: float | None = None,
@@ -154,33 +133,52 @@ def linear_token_loss(
       >>> loss.detach(), hidden.grad  # sum_j (pi_j - 1[j = y]) w_j
       (tensor(0.5514), tensor([[-0.4239,  0.0000]]))
     """
-    options, path = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
+    options, name = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
     for i, values in enumerate(per_token):
         if not isinstance(values, Tensor) or values.dim() < 1 or len(values) != len(labels):
             raise ValueError(f"per_token[{i}]: expected a tensor of {len(labels)} entries, got {describe(values)}.")
     check_same_device(hidden=hidden, **{f"per_token[{i}]": values for i, values in enumerate(per_token)})
+    labels, constants = labels.long(), [values.detach() for values in per_token]
+    if name == "naive":
+        kept, (hidden, targets, *constants) = _chosen(labels, len(weight), hidden, labels, *constants)
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, log_odds, entropy = token_loss_naive(hidden, weight, targets, bias, options, token_loss, tuple(constants))
+        return loss, _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+    # a Parameter asks for a gradient under no_grad, too, where none is wanted
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    for known, function in TOKEN_LOSSES.items():
+        if function is token_loss:
+            results = token_loss_op(hidden, weight, labels, bias, constants, known, *_plain(options), name, wanted)
+            return results[0], results[1], results[2]
+    loss, log_odds, entropy, *_ = _with_closure(hidden, weight, labels, bias, constants, token_loss, options, name, wanted)
+    return loss, log_odds, entropy
+
+
+@torch.compiler.disable(reason="linear_token_loss calls a function of yours on some tokens at a time; it is not traced.")  # type: ignore[misc]
+def _with_closure(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    if hidden.is_meta or type(hidden).__name__ == "FakeTensor":
+        raise RuntimeError("linear_token_loss: expected tensors that hold numbers, for a loss that is a function of yours.")
+    results: tuple[Tensor, ...] = ClosureLoss.apply(hidden, *arguments)  # type: ignore[no-untyped-call]
+    return results
+
+
+def _plain(options: HeadOptions) -> tuple[float | None, float, torch.dtype, int | None, bool]:
+    """What operators take."""
+    return options.softcap, options.logit_scale, options.compute, options.chunk_size, options.exact
+
+
+def _chosen(labels: Tensor, vocab: int, *values: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """The response tokens' entries, and where they are; None: everywhere (a traced call leaves all in place)."""
+    if torch.compiler.is_compiling() or labels.is_meta or type(labels).__name__ == "FakeTensor":
+        return None, list(values)
+    check_labels(labels, tuple(labels.shape), vocab)
     kept = (labels != IGNORE).nonzero().squeeze(-1)
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, log_odds, entropy = _opaque(path.token_loss)(
-            hidden.index_select(0, kept),
-            weight,
-            labels[kept].long(),
-            bias,
-            options,
-            token_loss,
-            tuple(values.detach().index_select(0, kept) for values in per_token),
-        )
-    return loss, _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+    return kept, [x.index_select(0, kept) for x in values]
 
 
-def _opaque(path: Callable[..., Any]) -> Callable[..., Any]:
-    """To torch.compile of a caller the head is one step: unrolling its loops would take minutes and gain nothing."""
-    return torch.compiler.disable(path)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def _restored(values: Tensor, kept: Tensor, tokens: int) -> Tensor:
+def _restored(values: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
     """Back in place among tokens whose label is -100."""
-    return values if len(kept) == tokens else values.new_zeros(tokens).index_copy(0, kept, values)
+    return values if kept is None else values.new_zeros(tokens).index_copy(0, kept, values)
 
 
 def _checked(
@@ -193,7 +191,7 @@ def _checked(
     implementation: str,
     chunk_size: int | None,
     exact: bool,
-) -> tuple[HeadOptions, Implementation]:
+) -> tuple[HeadOptions, str]:
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
@@ -201,7 +199,7 @@ def _checked(
             "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
-    check_labels(labels, (hidden.shape[0],), weight.shape[0])
+    check_label_shape(labels, (hidden.shape[0],))
     if bias is not None:
         check_floating("bias", bias, (weight.shape[0],))
     check_same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
@@ -210,17 +208,11 @@ def _checked(
     check_positive("logit_scale", logit_scale)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 token, got {chunk_size}.")
-    on_gpu = "triton" if triton_runs_on(hidden.device) else "compiled"
-    automatic = on_gpu if hidden.is_cuda else "chunked"
-    name = automatic if implementation == "auto" else implementation
-    if name not in IMPLEMENTATIONS:
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected one of {', '.join(['auto', *IMPLEMENTATIONS])}, got {implementation!r}.")
-
-    if name == "triton" and not triton_runs_on(hidden.device):
+    if implementation == "triton" and not triton_runs_on(hidden.device):
         raise ValueError(f"implementation: 'triton' needs the triton package and a CUDA device, got {hidden.device}.")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        compute = torch.get_autocast_dtype(device)
-    else:
-        compute = torch.promote_types(hidden.dtype, weight.dtype)
-    return HeadOptions(softcap, logit_scale, compute, chunk_size, exact), IMPLEMENTATIONS[name]
+    compute = torch.promote_types(hidden.dtype, weight.dtype)
+    if compute != torch.float64 and torch.is_autocast_enabled(hidden.device.type):  # autocast leaves float64 alone
+        compute = torch.get_autocast_dtype(hidden.device.type)
+    return HeadOptions(softcap, logit_scale, compute, chunk_size, exact), implementation

@@ -1,159 +1,108 @@
 """The log-odds head a tile of logits at a time: some tokens by a block of the vocabulary, on any device.
 
-`token_loss_chunked`: value and gradients in one pass, three matrix products. A tile's exponentials go into dhidden
-while they are in the cache, and wait for the token's coefficient, which takes the whole row, for dweight: what is
-held is exponentials of one chunk of tokens, in the dtype that the products take.
-`log_odds_chunked`: the loss must see the whole sequence first, so backward computes the logits again, four products;
-logsumexp is known by then, and nothing larger than a tile is held.
+`one_pass`: value and gradients together, three matrix products. A tile's exponentials go into dhidden while they are in
+the cache, and wait for the token's coefficient, which takes the whole row, for dweight.
+`log_odds_forward`, `log_odds_backward`: the loss must see the whole sequence first, so backward computes the logits
+again, four products; the logsumexp is known by then, so it takes one block of the vocabulary after the other, for all
+tokens, and writes each row of dweight once.
 
-A tile goes from logits to exponentials by exp2, several times faster than exp on a CPU: z = unit * raw,
-e^z = 2^(k raw), k = unit / log 2. The base that is subtracted in the exponent need not be the row's maximum, which
-would take a pass of its own: any number within 60 powers of two of it does, and the target's logit nearly always is.
-Factors of a token multiply its hidden state or its gradient, never its logits.
+What becomes of a tile is a fold (`folds.py`, `triton.py`); the sizes of the pieces are in `layout.py`. Exponentials are
+powers of two, e^z = 2^(per_ratio * ratio). The base that is subtracted in the exponent need not be the row's maximum,
+which would take a pass of its own: any number within 60 powers of two of it does, and the target's logit nearly always
+is. Factors of a token multiply its hidden state or its gradient, never its logits.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from bnf_core.head.naive import HeadOptions, binary_entropy
-from bnf_core.head.products import bf16_unit, multiplies, on_huge_pages, product, rounding_scratch
+from bnf_core.head.closure import TokenLoss, value_and_slope
+from bnf_core.head.folds import Fold, Rows, Tile, put_targets
+from bnf_core.head.layout import Layout, layout
+from bnf_core.head.products import exact_unit, on_huge_pages, product, rounding_scratch
+from bnf_core.head.transform import HeadOptions
 
-__all__ = ["log_odds_chunked", "token_loss_chunked"]
+__all__ = ["log_odds_backward", "log_odds_forward", "one_pass"]
 
-HELD_BYTES = {"cpu": 56 * 2**20, "cuda": 448 * 2**20}  # exponentials of a chunk of tokens, and what bf16 needs beside them
-TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # of logits: on a CPU what its cache can hold
-COPY_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}  # of weights in another dtype
-ROOM = 2.0**60  # sums of exponentials from 1 / ROOM to ROOM have lost nothing to overflow or underflow
-
-
-class Tile(NamedTuple):
-    """Room for what becomes of a tile of logits; (tokens, block) each. Some are the same memory."""
-
-    raw: Tensor
-    log2: Tensor
-    wide: Tensor  # exponentials in the dtype of sums
-    others: Tensor  # the same in the dtype that products take
+Wanted = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-Fold = Callable[[Tile, Tensor, float, bool, bool], tuple[Tensor, Tensor | None]]
+def log_odds_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions, fold: Fold
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-odds, entropy, and the logsumexp of the others, for each token."""
+    head = _Head(hidden, weight, bias, labels, options, fold, (False, False, False))
+    parts = [head.statistics(chunk)[:3] for chunk in head.chunks()]
+    nothing = hidden.new_zeros(1, dtype=options.accumulate)
+    log_odds, entropy, lse = (_joined([part[i] for part in parts], nothing) for i in range(3))
+    return log_odds, entropy, lse
 
 
-def fold_eager(tile: Tile, minus_log2_base: Tensor, k: float, capped: bool, with_mean: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits to exponentials, others = 2^(k raw - log2 base), in place, under a cap times its slope.
-
-    Returns their sums before the slope, and the sums of others * log2 others.
-    """
-    raw, log2, wide, others = tile
-    torch.add(minus_log2_base, raw, alpha=k, out=log2)
-    torch.exp2(log2, out=wide)
-    mass = wide.sum(1)
-    mean = log2.clamp_(min=-1e30).mul_(wide).sum(1) if with_mean else None  # 0 where -inf was
-    if capped:
-        wide.mul_(raw.clamp_(min=-1).square_().neg_().add_(1))
-    if others.dtype != wide.dtype:
-        others.copy_(wide)
-    return mass, mean
-
-
-def log_odds_chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions, fold: Fold = fold_eager
-) -> tuple[Tensor, Tensor]:
-    """As `linear_log_odds`, recomputing the logits in backward."""
-    log_odds, entropy = _LogOdds.apply(hidden, weight, bias, labels, options, fold)  # type: ignore[no-untyped-call]
-    return log_odds, entropy
-
-
-def token_loss_chunked(
+def log_odds_backward(
+    coefficient: Tensor,
+    lse: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
     bias: Tensor | None,
+    labels: Tensor,
     options: HeadOptions,
-    token_loss: Callable[..., Tensor],
+    fold: Fold,
+    wanted: Wanted,
+) -> Gradients:
+    """Gradients of sum_t coefficient_t l_t, from logits computed again."""
+    head = _Head(hidden, weight, bias, labels, options, fold, wanted, recompute=True)
+    rows = head.rows(head.group, lse)
+    head.scale(rows, coefficient)
+    for block, weight_logits, weight_rows in head.blocks():
+        for chunk in head.chunks():
+            head.step(rows.part(chunk), block, weight_logits, weight_rows)
+        head.add_to_weight(block)
+        head.add_to_bias(block)
+    head.finish_hidden(rows)
+    return head.gradients()
+
+
+def one_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    options: HeadOptions,
+    fold: Fold,
+    wanted: Wanted,
+    token_loss: TokenLoss,
     per_token: tuple[Tensor, ...],
-    fold: Fold = fold_eager,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `linear_token_loss`, with the gradients computed in forward."""
-    loss, log_odds, entropy = _TokenLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, options, fold, token_loss, per_token
-    )
-    return loss, log_odds, entropy
-
-
-class _LogOdds(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions, fold: Fold
-    ) -> tuple[Tensor, Tensor]:
-        head = _Head(hidden, weight, bias, labels, options, fold)
-        log_odds, entropy, lse = (hidden.new_empty(len(hidden), dtype=options.accumulate) for _ in range(3))
-        for chunk in head.chunks(held=False):
-            rows = _Rows(head, chunk)
-            log_odds[chunk], entropy[chunk], lse[chunk] = rows.log_odds, rows.entropy, rows.lse
-        ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.options, ctx.fold = options, fold
-        ctx.mark_non_differentiable(entropy)
-        return log_odds, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_log_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
-        head = _Head(hidden, weight, bias, labels, ctx.options, ctx.fold, ctx.needs_input_grad[:3])
-        for chunk in head.chunks(held=False):
-            _Rows(head, chunk, lse[chunk], grad_log_odds[chunk])
-        return (*head.gradients(), None, None, None)
-
-
-class _TokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        options: HeadOptions,
-        fold: Fold,
-        token_loss: Callable[..., Tensor],
-        per_token: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:3]
-        head = _Head(hidden, weight, bias, labels, options, fold, wanted)
-        log_odds, entropy = (hidden.new_empty(len(hidden), dtype=options.accumulate) for _ in range(2))
-        loss = hidden.new_zeros((), dtype=options.accumulate)
-        for chunk in head.chunks(held=wanted[1] or wanted[2]):
-            rows = _Rows(head, chunk)
-            log_odds[chunk], entropy[chunk] = rows.log_odds, rows.entropy
-            with torch.enable_grad():
-                leaf = rows.log_odds.detach().requires_grad_()
-                value = token_loss(leaf, *(x[chunk] for x in per_token)).sum()
-                coefficient = torch.autograd.grad(value, leaf)[0] if any(wanted) else None
-            loss += value.detach()
-            if coefficient is not None:
-                rows.add_gradients(coefficient)
-        ctx.gradients = head.gradients()
-        ctx.mark_non_differentiable(log_odds, entropy)
-        return loss, log_odds, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("linear_token_loss: its gradients were used up by an earlier backward; call it again.")
-        gradients, ctx.gradients = ctx.gradients, None
-        if grad_loss.device.type != "cpu" or grad_loss != 1:  # on a CPU the comparison is free
-            gradients = tuple(None if g is None else g.mul_(grad_loss) for g in gradients)
-        return (*gradients, None, None, None, None, None)
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Sum of token_loss, log-odds, entropy, and the gradients of the sum."""
+    head = _Head(hidden, weight, bias, labels, options, fold, wanted)
+    losses, log_odds, entropy = [], [], []
+    for group in head.groups():
+        head.group = group
+        for chunk in head.chunks():
+            ell, entropy_of_chunk, _, rows = head.statistics(chunk)
+            loss, slope = value_and_slope(token_loss, ell, tuple(values[chunk] for values in per_token), any(wanted))
+            losses.append(loss)
+            log_odds.append(ell)
+            entropy.append(entropy_of_chunk)
+            if slope is not None:
+                head.scale(rows, slope)
+                head.finish_hidden(rows)
+        for block in head.weight_blocks():
+            head.put_targets(block)
+            head.add_to_weight(block)
+        for block in head.vocabulary():
+            head.add_to_bias(block)
+    nothing = hidden.new_zeros(1, dtype=options.accumulate)
+    total = sum(losses[1:], start=losses[0]) if losses else nothing.sum()
+    return total, _joined(log_odds, nothing), _joined(entropy, nothing), head.gradients()
 
 
 class _Head:
-    """Operands, tiles to work in, and the gradients that were asked for, summed over chunks in float32 or better."""
+    """Operands, places to work in, and the gradients that were asked for."""
 
     def __init__(
         self,
@@ -163,239 +112,252 @@ class _Head:
         labels: Tensor,
         options: HeadOptions,
         fold: Fold,
-        wanted: tuple[bool, bool, bool] = (False, False, False),
+        wanted: Wanted,
+        *,
+        recompute: bool = False,
     ) -> None:
         self.hidden, self.weight, self.labels, self.options, self.fold = hidden, weight, labels, options, fold
-        self.wide, self.softcap, self.vocab = options.accumulate, options.softcap, len(weight)
+        self.layout = size = layout(
+            len(hidden),
+            weight.shape[1],
+            len(weight),
+            options,
+            hidden_dtype=hidden.dtype,
+            weight_dtype=weight.dtype,
+            on_gpu=fold.gpu or hidden.device.type != "cpu",
+            wanted=wanted,
+            recompute=recompute,
+        )
+        self.wide, self.operand = size.wide, size.operand
         self.bias = None if bias is None else bias.to(self.wide)
-        self.bias_dtype = self.wide if bias is None else bias.dtype
-        # exponentials far from 1 have no place in fp16
-        narrow = options.compute != torch.float16 and multiplies(options.compute, hidden.device.type)
-        self.operand = options.compute if narrow else self.wide  # what the gradients' products take
-        self.unit = options.logit_scale if self.softcap is None else self.softcap
-        self.k = self.unit / math.log(2)
-        self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.grad_weight = on_huge_pages(torch.empty_like(weight, dtype=self.wide)) if wanted[1] else None
-        self.grad_bias = hidden.new_zeros(self.vocab, dtype=self.wide) if wanted[2] else None
+        self.unit = partial(exact_unit, options.compute, hidden.device.type)
+        in_gradients = options.compute if options.compute == torch.float16 else self.wide  # fp16 numbers in float32
+        self.gradient_unit = partial(exact_unit, in_gradients, hidden.device.type)
         # E_q[z] = h . E_q[w] is a by-product of dhidden, where that is summed without rounding
-        self.mean_from_hidden = wanted[0] and bias is None and self.softcap is None and self.operand == self.wide
-        self.untouched = True  # the first chunk overwrites: filling dweight with zeros would be one more pass
+        unrounded = bias is None and options.softcap is None and self.operand == self.wide
+        self.mean_from_hidden = wanted[0] and unrounded and not fold.gpu
+        self._allocate(size)
+        self.grad_hidden = torch.empty_like(hidden, dtype=size.grad_dtypes[0]) if wanted[0] else None
+        self.grad_weight = on_huge_pages(torch.empty_like(weight, dtype=size.grad_dtypes[1])) if wanted[1] else None
+        self.sum_weight = self.grad_weight
+        if size.sums_weight:
+            self.sum_weight = on_huge_pages(torch.empty_like(weight, dtype=self.wide))
+        self.grad_bias = hidden.new_zeros(size.vocab, dtype=self.wide) if wanted[2] else None
+        # the tokens whose exponentials are held, what multiplies those, and those of their targets
+        self.group = slice(0, size.tokens)
+        self.at_others, self.at_target = hidden.new_empty(2, size.tokens, dtype=self.wide)
 
-    def chunks(self, held: bool) -> Iterator[slice]:
-        """Slices of the tokens, and room for one: allocated once, because touching new pages is slow."""
-        tokens, dim, device = len(self.hidden), self.weight.shape[1], self.hidden.device
-        on_cpu_in_bf16 = device.type == "cpu" and self.operand != self.wide
-        of = "cpu" if device.type == "cpu" else "cuda"
-        self.rounds_logits = on_cpu_in_bf16 and not self.options.exact
-        room, tile = HELD_BYTES[of], TILE_BYTES[of] // self.wide.itemsize
-        if self.operand != self.wide:  # tiles in both dtypes, and copies of the weight for exact logits
-            # beside the float32 sum of a bf16 weight's gradient tiles are small; beside a float32 weight they count
-            room -= (5 if self.weight.dtype == self.wide else 2) * TILE_BYTES[of]
-            room -= 0 if self.rounds_logits else COPY_BYTES[of]
-        size = self.options.chunk_size
-        if size is None:
-            most = room // (self.vocab * self.operand.itemsize) if held else math.isqrt(tile)
-            size = _even(tokens, max(most, 1))
-        size = max(min(size, tokens), 1)
-        self.block = min(max(tile // size, 1), self.vocab)
-        # what the weight, and the hidden states, become on their way to the logits' product
-        self.for_logits = self.operand if of == "cuda" or self.rounds_logits else self.wide
-        if {self.weight.dtype} != {self.options.compute, self.operand, self.for_logits}:
-            self.block = min(self.block, max(COPY_BYTES[of] // (dim * self.wide.itemsize), 1))
-        self.block -= self.block % 64 if self.block > 64 else 0
-        dtypes = (self.operand if self.rounds_logits else self.wide, self.wide, self.wide, self.operand)
-        self.tiles = [torch.empty(size * self.block, dtype=dtype, device=device) for dtype in dtypes]
-        self.copies = {t: torch.empty(0, dtype=t, device=device) for t in (self.options.compute, self.operand, self.for_logits)}
-        self.scratch = rounding_scratch(dim, self.operand, device) if on_cpu_in_bf16 else None
-        self.held = on_huge_pages(torch.empty(size * self.vocab, dtype=self.operand, device=device)) if held else None
-        return (slice(i, min(i + size, tokens)) for i in range(0, tokens, size))
+    def _allocate(self, size: Layout) -> None:
+        """Places to work in, once: touching new pages is slow."""
+        device, tile = self.hidden.device, size.chunk * size.block
+
+        def space(entries: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(entries, dtype=dtype, device=device)
+
+        tokens, width = size.held
+        self.held = on_huge_pages(space(tokens * width, self.operand)) if tokens * width else None
+        in_place = self.operand == size.raw and self.options.softcap is None and not size.on_gpu
+        self.raw = None if in_place and self.held is not None else space(tile, size.raw)
+        self.narrow = None
+        if self.held is None and size.wanted[0]:
+            self.narrow = self.raw if in_place else space(tile, self.operand)
+        self.scratch = [space(tile, self.wide) for _ in range(2)] if self.fold.scratch else []
+        self.copies = {dtype: space(size.block * size.dim, dtype) for dtype in size.copies}
+        rounds = not size.on_gpu and self.operand != self.wide
+        self.rounding = rounding_scratch(size.dim, self.operand, device) if rounds else None
+        scaled = (size.tokens if size.recompute else size.group) * size.wanted[1]
+        self.scaled = torch.empty(scaled, size.dim, dtype=self.operand, device=device)
+
+    def groups(self) -> Iterator[slice]:
+        return _slices(slice(0, self.layout.tokens), self.layout.group)
+
+    def chunks(self) -> Iterator[slice]:
+        return _slices(self.group, self.layout.chunk)
+
+    def vocabulary(self) -> Iterator[slice]:
+        return _slices(slice(0, self.layout.vocab), self.layout.block)
+
+    def weight_blocks(self) -> Iterator[slice]:
+        """Of dweight's product: a GPU takes the whole vocabulary at once."""
+        return iter([slice(0, self.layout.vocab)]) if self.layout.on_gpu else self.vocabulary()
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows of the weight as the logits' product takes them, and as the gradients' do."""
-        for block in self.block_slices():
+        for block in self.vocabulary():
             weight = self._copied(self._copied(self.weight[block], self.options.compute), self.operand)
-            yield block, self._copied(weight, self.for_logits), weight
+            yield block, self._copied(self._copied(self.weight[block], self.options.compute), self.layout.for_logits), weight
 
     def _copied(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if weight.dtype == dtype:
-            return weight
-        if not self.copies[dtype].numel():
-            self.copies[dtype] = torch.empty(self.block * weight.shape[1], dtype=dtype, device=weight.device)
-        return self.copies[dtype][: weight.numel()].view_as(weight).copy_(weight)
-
-    def block_slices(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.block, self.vocab)) for i in range(0, self.vocab, self.block))
+        return weight if weight.dtype == dtype else self.copies[dtype][: weight.numel()].view_as(weight).copy_(weight)
 
     def rounded(self, x: Tensor) -> Tensor:
         """x rounded to the dtype that it is computed in, held in the dtype that products take."""
         return x.to(self.options.compute).to(self.operand)
 
-    def tile(self, tokens: int, block: slice) -> Tile:
-        raw, log2, wide, others = (self.view(space, tokens, block) for space in self.tiles)
+    def rows(self, at: slice, base: Tensor | None = None) -> Rows:
+        """`base` in nats; None: the targets' logits by another route, good enough for one."""
+        size, labels, options = self.layout, self.labels[at], self.options
+        h, target_rows = self.rounded(self.hidden[at]), None
+        if base is None:
+            target_rows = self.weight.index_select(0, labels)
+            base = options.ratio_((h * target_rows).sum(1, dtype=self.wide), None if self.bias is None else self.bias[labels])
+            minus_log2_base = (base * -options.per_ratio).nan_to_num_(0, 0, 0)
+        else:
+            minus_log2_base = (base * (-1 / math.log(2))).nan_to_num_(0, 0, 0)
+        by_hidden = None
+        if self.grad_hidden is not None:
+            by_hidden = self.grad_hidden[at]
+            if size.sums_hidden:
+                by_hidden = torch.empty_like(h, dtype=self.wide)
+        z_target, sumexp, sum_log2 = torch.zeros(3, len(labels), dtype=self.wide, device=h.device)
+        h_logits = self.hidden[at].to(self.options.compute).to(size.for_logits)
+        return Rows(at, h, h_logits, labels, target_rows, minus_log2_base, z_target, sumexp, sum_log2, by_hidden)
+
+    def statistics(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor, Rows]:
+        """Log-odds, entropy and logsumexp of the others of some tokens; their exponentials are held."""
+        rows = self.rows(chunk)
+        log_odds, entropy, lse, unsound = self._over_vocabulary(rows)
+        if not unsound.is_meta and bool(unsound):
+            rows.minus_log2_base = (self._row_max(rows) * -self.options.per_ratio).nan_to_num_(0, 0, 0)
+            rows.sumexp.zero_()
+            rows.sum_log2.zero_()
+            log_odds, entropy, lse, _ = self._over_vocabulary(rows)
+        return log_odds, entropy, lse, rows
+
+    def _over_vocabulary(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        for block, weight_logits, weight in self.blocks():
+            self.step(rows, block, weight_logits, weight)
+        if self.mean_from_hidden:
+            assert rows.by_hidden is not None
+            products = (rows.h * rows.by_hidden).sum(1)
+            rows.sum_log2 = products * self.options.per_ratio + rows.minus_log2_base * rows.sumexp
+        return self.fold.statistics(rows)
+
+    def step(self, rows: Rows, block: slice, weight_logits: Tensor, weight: Tensor) -> None:
+        """A tile from products to exponentials, and what dhidden needs of them."""
+        raw, others = self.tile(rows, block)
+        with self.unit():
+            product(rows.h_logits, weight_logits.T, raw)
+        tile = Tile(raw, others, *(self._view(space, len(rows.h), block) for space in self.scratch))
+        recompute = self.layout.recompute
+        bias = None if self.bias is None else self.bias[block]
+        self.fold.run(tile, rows, bias, block.start, self.options, not recompute, not (recompute or self.mean_from_hidden))
+        if rows.by_hidden is not None:
+            assert others is not None
+            with self.gradient_unit():
+                product(others, weight, rows.by_hidden, beta=0 if block.start == 0 else 1, scratch=self.rounding)
+
+    def tile(self, rows: Rows, block: slice) -> tuple[Tensor, Tensor | None]:
+        """Where the logits go, and their exponentials: held, or until dhidden's product; None where nobody needs them.
+
+        Both (tokens, block), and the same memory where they can be.
+        """
+        tokens, others = len(rows.h), None
         if self.held is not None:
-            others = self.held_exponentials(tokens, block)
-        if self.operand == self.wide:  # as few places as can be
-            wide = others
-            if self.softcap is None:
-                raw = others
-                log2 = others if self.mean_from_hidden else log2
-        return Tile(raw, log2, wide, others)
+            start = self.group.start
+            others = self.held_exponentials(block)[rows.at.start - start : rows.at.stop - start]
+        elif self.narrow is not None:
+            others = self._view(self.narrow, tokens, block)
+        if self.raw is None:
+            assert others is not None
+            return others, others
+        return self._view(self.raw, tokens, block), others
 
-    def held_exponentials(self, tokens: int, block: slice) -> Tensor:
+    def held_exponentials(self, block: slice) -> Tensor:
+        """(group, block)."""
         assert self.held is not None
-        return self.view(self.held[block.start * tokens :], tokens, block)
+        tokens = self.group.stop - self.group.start
+        if self.layout.recompute:
+            return self._view(self.held, tokens, block)
+        if self.layout.on_gpu:  # rows over the whole vocabulary
+            return self.held.view(self.layout.held)[:tokens, block]
+        return self._view(self.held[block.start * tokens :], tokens, block)
 
-    def view(self, space: Tensor, tokens: int, block: slice) -> Tensor:
-        """(tokens, block) of a flat space; tokens are contiguous in float32, which those products like better."""
+    def _view(self, space: Tensor, tokens: int, block: slice) -> Tensor:
+        """(tokens, block) of a flat space; tokens are contiguous in float32 on a CPU, which those products like better."""
         width = block.stop - block.start
         flat = space[: tokens * width]
-        return flat.view(tokens, width) if self.operand == torch.bfloat16 else flat.view(width, tokens).T
+        by_rows = self.layout.on_gpu or self.operand == torch.bfloat16
+        return flat.view(tokens, width) if by_rows else flat.view(width, tokens).T
 
-    def logits(self, h: Tensor, block: slice, weight: Tensor, out: Tensor) -> Tensor:
-        """Logits before their unit, h @ weight.T + bias; under a cap tanh of their ratio to it."""
-        with bf16_unit(self.options.compute):
-            raw = product(h, weight.T, out)
-        if self.bias is not None:
-            raw.add_(self.bias[block])
-        return raw if self.softcap is None else raw.mul_(self.options.logit_scale / self.softcap).tanh_()
-
-    def targets(self, chunk: slice) -> Tensor:
-        """Logits of the targets by another route, good enough for a base."""
-        labels = self.labels[chunk]
-        z = (self.hidden[chunk].to(self.wide) * self.weight.index_select(0, labels).to(self.wide)).sum(1)
-        z = (z if self.bias is None else z + self.bias[labels]) * self.options.logit_scale
-        return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if self.grad_weight is not None and self.untouched:  # no tokens at all
-            self.grad_weight.zero_()
-        weight = self.grad_weight
-        if weight is not None and weight.dtype != self.weight.dtype:
-            weight = on_huge_pages(torch.empty_like(self.weight)).copy_(weight)
-        bias = None if self.grad_bias is None else self.grad_bias.to(self.bias_dtype)
-        return self.grad_hidden, weight, bias
-
-
-class _Rows:
-    """A chunk of tokens, from hidden states to log-odds; vectors are (chunk,).
-
-    Where lse, the logsumexp of the others, and the coefficient are known, gradients are added on the way.
-    """
-
-    def __init__(self, head: _Head, chunk: slice, lse: Tensor | None = None, coefficient: Tensor | None = None) -> None:
-        self.head, self.chunk, self.labels = head, chunk, head.labels[chunk]
-        self.h = head.rounded(head.hidden[chunk])
-        self.h_logits = self.h.to(head.for_logits)
-        self.mass: Tensor
-        self.by_hidden: Tensor | None
-        self._place_targets()
-        if lse is not None:
-            self._fold(lse, coefficient)
-            return
-        self._fold(head.targets(chunk))
-        if not bool(((self.mass > 1 / ROOM) & (self.mass < ROOM)).all()):
-            self._fold(self._top())
-        self.lse = self.base + self.mass.log()
-        self.log_odds = self.z_target - self.lse
-        self.mass = self.mass.masked_fill(self.mass == 0, 1)  # nothing but the target is possible
-        if head.mean_from_hidden:
-            assert self.by_hidden is not None
-            self.mean_log2 = (self.h * self.by_hidden).sum(1) * head.k - self.base / math.log(2) * self.mass
-        of_others = (self.mass.log() - self.mean_log2 / self.mass * math.log(2)).clamp(min=0)
-        self.entropy = binary_entropy(self.log_odds) + (-self.log_odds).sigmoid() * of_others
-
-    def _fold(self, base: Tensor, coefficient: Tensor | None = None) -> None:
-        """Sums of e^(z_j - base) over the others, and what dhidden needs of them; the exponentials are held."""
-        head, tokens = self.head, len(self.h)
-        self.base = base.masked_fill(~base.isfinite(), 0)
-        minus_log2_base = (self.base / -math.log(2)).unsqueeze(1)
-        self.z_target, self.mass, self.mean_log2 = (self.base.new_zeros(tokens) for _ in range(3))
-        self.by_hidden = torch.zeros_like(self.h, dtype=head.wide) if head.grad_hidden is not None else None
-        if coefficient is not None:
-            self.mass.fill_(1)
-            self._scale(coefficient)
-        capped, with_mean = head.softcap is not None, coefficient is None and not head.mean_from_hidden
-        for block, weight_logits, weight in head.blocks():
-            tile = head.tile(tokens, block)
-            self._mask_targets(head.logits(self.h_logits, block, weight_logits, tile.raw), block)
-            mass, mean = head.fold(tile, minus_log2_base, head.k, capped, with_mean)
-            if self.by_hidden is not None:
-                product(tile.others, weight, self.by_hidden, beta=1, scratch=head.scratch)
-            if coefficient is None:
-                self.mass += mass
-                if mean is not None:
-                    self.mean_log2 += mean
-            else:
-                self._add_to_weight(tile.others, block)
-        if coefficient is not None:
-            self._finish(coefficient)
-
-    def _place_targets(self) -> None:
-        """Which tokens have their target in which block, found once."""
-        ordered, self.order = self.labels.sort()
-        starts = torch.arange(0, self.head.vocab + self.head.block, self.head.block, device=self.labels.device)
-        self.first: list[int] = torch.searchsorted(ordered, starts).tolist()
-
-    def _mask_targets(self, raw: Tensor, block: slice) -> Tensor:
-        """Takes the targets' logits out of a tile before the sum over it: no cancellation."""
-        number = block.start // self.head.block
-        here = self.order[self.first[number] : self.first[number + 1]]
-        if len(here):
-            at = (here, self.labels[here] - block.start)
-            self.z_target[here] = raw[at].to(self.z_target.dtype) * self.head.unit
-            raw[at] = -torch.inf
-        return raw
-
-    def _top(self) -> Tensor:
-        """The largest logit of the others, at the price of one more product."""
-        head, top = self.head, torch.full_like(self.base, -torch.inf)
-        for block, weight, _ in head.blocks():
-            raw = head.logits(self.h_logits, block, weight, head.tile(len(self.h), block).raw)
-            top = torch.maximum(top, self._mask_targets(raw, block).amax(1).to(head.wide) * head.unit)
+    def _row_max(self, rows: Rows) -> Tensor:
+        """The largest ratio of the others, at the price of one more product."""
+        top = torch.full_like(rows.sumexp, -torch.inf)
+        for block, weight, _ in self.blocks():
+            raw, _ = self.tile(rows, block)
+            with self.unit():
+                product(rows.h_logits, weight.T, raw)
+            bias = None if self.bias is None else self.bias[block]
+            ratio = self.options.ratio_(raw, bias)
+            here = rows.labels.unsqueeze(1) == torch.arange(block.start, block.stop, device=raw.device)
+            top = torch.maximum(top, ratio.masked_fill(here, -torch.inf).amax(1).to(self.wide))
         return top
 
-    def add_gradients(self, coefficient: Tensor) -> None:
-        """Adds coefficient * dl, dl/dz_y = 1 and dl/dz_j = -q_j, from the exponentials that are held."""
-        head = self.head
-        self._scale(coefficient)
-        if head.held is not None:
-            for block in head.block_slices():
-                self._add_to_weight(head.held_exponentials(len(self.h), block), block)
-        self._finish(coefficient)
+    def scale(self, rows: Rows, coefficient: Tensor) -> None:
+        """coefficient * dl, dl/dz_y = 1 and dl/dz_j = -q_j, as a factor of a token's exponentials.
 
-    def _scale(self, coefficient: Tensor) -> None:
-        """Factors of a token, folded into its hidden state."""
-        self.at_others = -coefficient * self.head.options.logit_scale / self.mass
-        self.scaled = (self.h * self.at_others.unsqueeze(1)).to(self.h.dtype)
+        It goes into the token's hidden state. A target has the exponential that makes its gradient right: when the logits
+        are computed again the fold has put it there, here it takes the sum over the row.
+        """
+        at_others = torch.mul(coefficient, -self.options.logit_scale, out=self.at_others[rows.at])
+        if not self.layout.recompute:
+            at_others.div_(rows.sumexp)
+            at_target = torch.neg(rows.sumexp, out=self.at_target[rows.at])
+            if self.options.softcap is not None:
+                at_target.mul_(self.options.relative_slope(rows.z_target))
+        if len(self.scaled):
+            start = rows.at.start - self.group.start
+            torch.mul(rows.h, at_others.unsqueeze(1), out=self.scaled[start : start + len(rows.h)])
 
-    def _add_to_weight(self, others: Tensor, block: slice) -> None:
-        head = self.head
-        if head.grad_weight is not None:
-            into, beta = head.grad_weight[block], 0 if head.untouched else 1
-            product(others.T, self.scaled, into, beta=beta, scratch=head.scratch)
-        if head.grad_bias is not None:
-            head.grad_bias[block] += (others.to(head.wide) * self.at_others.unsqueeze(1)).sum(0)
+    def put_targets(self, block: slice) -> None:
+        """Into the exponentials that are held, after dhidden's product: their sum was not known before."""
+        if self.held is not None and self.group.stop > self.group.start:
+            put_targets(self.held_exponentials(block), self.labels[self.group], block.start, self.at_target[self.group])
 
-    def _finish(self, coefficient: Tensor) -> None:
-        """The target's part, and dhidden."""
-        head = self.head
-        at_target = coefficient * head.options.logit_scale
-        if head.softcap is not None:  # dz/draw = logit_scale * (1 - tanh^2)
-            at_target = at_target * (1 - (self.z_target / head.softcap).square())
-        if head.grad_hidden is not None:
-            assert self.by_hidden is not None
-            target = head.rounded(head.weight.index_select(0, self.labels)).to(head.wide)
-            by_others = self.by_hidden.mul_(self.at_others.unsqueeze(1))
-            head.grad_hidden[self.chunk] = target.mul_(at_target.unsqueeze(1)).add_(by_others)
-        if head.grad_weight is not None:
-            head.untouched = False
-            head.grad_weight.index_add_(0, self.labels, self.h * at_target.unsqueeze(1))
-        if head.grad_bias is not None:
-            head.grad_bias.index_add_(0, self.labels, at_target)
+    def add_to_weight(self, block: slice) -> None:
+        """The exponentials of the group by its scaled hidden states, for a block of dweight."""
+        if self.sum_weight is None or self.group.stop == self.group.start:
+            return
+        into, others = self.sum_weight[block], self.held_exponentials(block).T
+        scaled = self.scaled[: others.shape[1]]
+        with self.gradient_unit():
+            if into.dtype in (self.wide, self.operand):
+                beta = 0 if self.group.start == 0 else 1  # the first overwrites: filling dweight with zeros is one more pass
+                product(others, scaled, into, beta=beta, scratch=self.rounding)
+            else:  # a bf16 weight where products are float32
+                into.copy_(product(others, scaled, torch.empty_like(into, dtype=self.wide)))
+
+    def add_to_bias(self, block: slice) -> None:
+        if self.grad_bias is not None:
+            others = self.held_exponentials(block).to(self.wide)
+            self.grad_bias[block] += (others * self.at_others[self.group].unsqueeze(1)).sum(0)
+
+    def finish_hidden(self, rows: Rows) -> None:
+        """dhidden of some tokens, from the sums over their exponentials."""
+        if self.grad_hidden is None:
+            return
+        assert rows.by_hidden is not None
+        if rows.target_rows is not None:
+            target = self.rounded(rows.target_rows)
+            rows.by_hidden.addcmul_(target.to(self.wide), self.at_target[rows.at].unsqueeze(1))
+        rows.by_hidden.mul_(self.at_others[rows.at].unsqueeze(1))
+        if self.layout.sums_hidden:
+            self.grad_hidden[rows.at] = rows.by_hidden
+
+    def gradients(self) -> Gradients:
+        """Of a bias, and of what is in fp16, in float32: a loss scale may be still to come."""
+        if self.layout.tokens == 0 and self.sum_weight is not None:
+            self.sum_weight.zero_()
+        if self.layout.sums_weight:
+            assert self.grad_weight is not None
+            assert self.sum_weight is not None
+            self.grad_weight.copy_(self.sum_weight)
+        return self.grad_hidden, self.grad_weight, self.grad_bias
 
 
-def _even(tokens: int, most: int) -> int:
-    """Size of chunks as even as can be, at most `most` tokens, in multiples of 16: products of odd sizes are slower."""
-    most -= most % 16 if most > 16 else 0
-    chunks = max(-(-tokens // most), 1)
-    return min(-(-tokens // chunks // 16) * 16 or most, most)
+def _joined(parts: list[Tensor], nothing: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts or [nothing[:0]])
+
+
+def _slices(whole: slice, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, whole.stop)) for i in range(whole.start, whole.stop, max(size, 1)))

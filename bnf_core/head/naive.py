@@ -1,7 +1,5 @@
 """The log-odds head with all logits in memory: the one to read, and the oracle of the others."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bnf_core._checks import IGNORE, check_floating, check_labels, check_same_device
+from bnf_core.head.closure import TokenLoss, value_and_slope
+from bnf_core.head.transform import HeadOptions, binary_entropy
 
-__all__ = ["HeadOptions", "log_odds_naive", "token_log_odds", "token_loss_naive"]
+__all__ = ["log_odds_naive", "token_log_odds", "token_loss_naive"]
 
 
 def token_log_odds(
@@ -46,8 +46,9 @@ def token_log_odds(
     check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1])
     check_same_device(logits=logits, labels=labels)
     z = logits if logits.dtype == torch.float64 else logits.float()
+    labels = labels.long()
     ignored = labels == IGNORE
-    target = labels.long().masked_fill(ignored, 0).unsqueeze(-1)
+    target = labels.masked_fill(ignored, 0).unsqueeze(-1)
 
     others = z.scatter(-1, target, -torch.inf)
     top = others.detach().amax(-1, keepdim=True)
@@ -63,41 +64,13 @@ def token_log_odds(
     return log_odds.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
 
 
-def binary_entropy(log_odds: Tensor) -> Tensor:
-    """-p log p - (1 - p) log(1 - p) at p = sigmoid(log_odds), in nats; 0 at +-inf."""
-    p_log_p = log_odds.sigmoid() * F.logsigmoid(log_odds)
-    other = (-log_odds).sigmoid() * F.logsigmoid(-log_odds)
-    return -(p_log_p.masked_fill(log_odds.isneginf(), 0) + other.masked_fill(log_odds.isposinf(), 0))
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """How the logits come from hidden states, z = cap(logit_scale * (hidden @ weight.T + bias)), and in which dtypes."""
-
-    softcap: float | None
-    logit_scale: float
-    compute: torch.dtype  # operands are rounded to this
-    chunk_size: int | None
-    exact: bool = True  # False: logits may be rounded to `compute` on their way
-
-    @property
-    def accumulate(self) -> torch.dtype:
-        """Products are summed in this."""
-        return torch.float64 if self.compute == torch.float64 else torch.float32
-
-
 def log_odds_naive(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
     """As `linear_log_odds`, by autograd through (tokens, vocab) logits."""
     wide = options.accumulate
-    logits = F.linear(hidden.to(options.compute).to(wide), weight.to(options.compute).to(wide))
-    if bias is not None:
-        logits = logits + bias.to(wide)
-    logits = logits * options.logit_scale
-    if options.softcap is not None:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
-    return token_log_odds(logits, labels)
+    products = F.linear(hidden.to(options.compute).to(wide), weight.to(options.compute).to(wide))
+    return token_log_odds(options.logits(products, None if bias is None else bias.to(wide)), labels)
 
 
 def token_loss_naive(
@@ -106,9 +79,10 @@ def token_loss_naive(
     labels: Tensor,
     bias: Tensor | None,
     options: HeadOptions,
-    token_loss: Callable[..., Tensor],
+    token_loss: TokenLoss,
     per_token: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `linear_token_loss`, by autograd."""
+    """As `linear_token_loss`, by autograd. Labels hold token ids only."""
     log_odds, entropy = log_odds_naive(hidden, weight, labels, bias, options)
+    value_and_slope(token_loss, log_odds.detach(), per_token, log_odds.requires_grad)  # its checks
     return token_loss(log_odds, *per_token).sum(), log_odds.detach(), entropy

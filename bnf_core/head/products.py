@@ -1,22 +1,23 @@
 """Matrix products of the head: narrow operands, sums kept in float32 or better, whatever the device offers for it.
 
-Three kinds of hardware:
+Four kinds of hardware:
   CUDA                     multiplies bf16 and fp16 and hands out the float32 sums as they are
   a CPU with AMX           multiplies float32 copies of bf16 numbers in its bf16 unit, exactly, when asked to
   a CPU with AVX512-BF16   multiplies bf16, but its sums come out rounded to bf16: for exact sums float32 copies must do
-Elsewhere narrow operands are copied to float32, which is exact and no slower than the emulation would be.
+  any other CPU            narrow operands are copied to float32, which is exact and no slower than the emulation would be
 """
 
 import contextlib
 import ctypes
 import functools
 import sys
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["bf16_unit", "multiplies", "on_huge_pages", "product", "rounding_scratch"]
+__all__ = ["exact_unit", "multiplies", "on_huge_pages", "product", "rounding_scratch"]
 
 
 @functools.cache
@@ -29,17 +30,17 @@ def multiplies(dtype: torch.dtype, device_type: str) -> bool:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, beta: int = 0, scratch: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """out = a @ b + beta * out, summed and kept in the dtype of `out`; beta is 0 or 1.
+    """out = a @ b + beta * out, summed in float32 or better, kept in the dtype of `out`; beta is 0 or 1.
 
     With `scratch` (`rounding_scratch`), sums may be rounded to the operands' dtype before they are added to `out`.
     """
     if a.dtype == b.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if a.device.type != "cpu":
         kept = out.dtype
         return torch.addmm(out, a, b, out_dtype=kept, out=out) if beta else torch.mm(a, b, out_dtype=kept, out=out)
     if scratch is None:
-        with bf16_unit(a.dtype):
+        with exact_unit(a.dtype, "cpu"):
             return product(a.to(out.dtype), b.to(out.dtype), out, beta=beta)
     width = b.shape[1]
     rows = len(scratch[0]) // width
@@ -59,22 +60,42 @@ def rounding_scratch(width: int, dtype: torch.dtype, device: torch.device) -> tu
     return torch.empty(size, dtype=dtype, device=device), torch.empty(size, dtype=torch.float32, device=device)
 
 
-@contextlib.contextmanager
-def bf16_unit(holding: torch.dtype) -> Iterator[None]:
-    """float32 operands holding bf16 numbers are multiplied as those by the CPU's AMX, exactly; restored afterwards.
+class _Setting:
+    """PyTorch's setting for float32 products of one kind of device: one for the process, so its users are counted."""
 
-    Without AMX float32 products stay what they are; so they do where the operands hold anything but bf16 numbers.
+    def __init__(self, backend: object, value: str) -> None:
+        self.backend, self.value, self.lock, self.users, self.before = backend, value, threading.Lock(), 0, ""
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if not self.users:
+                self.before = self.backend.fp32_precision  # type: ignore[attr-defined]
+                self.backend.fp32_precision = self.value  # type: ignore[attr-defined]
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    self.backend.fp32_precision = self.before  # type: ignore[attr-defined]
+
+
+_UNITS = {  # by what float32 operands hold, and where: the unit that multiplies those numbers without loss
+    (torch.bfloat16, "cpu"): _Setting(torch.backends.mkldnn.matmul, "bf16"),  # type: ignore[attr-defined]
+    (torch.float16, "cuda"): _Setting(torch.backends.cuda.matmul, "tf32"),
+}
+
+
+def exact_unit(holding: torch.dtype, device_type: str) -> contextlib.AbstractContextManager[None]:
+    """float32 operands that hold `holding` numbers are multiplied as those, exactly, where the device has a unit for it.
+
+    bf16 numbers on a CPU with AMX, fp16 numbers on CUDA (tf32 has as many digits). The setting is the process's: it is
+    restored when its last user leaves, and products of other threads meanwhile may use that unit, too.
     """
-    if holding != torch.bfloat16:
-        yield
-        return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    setting = _UNITS.get((holding, device_type))
+    return contextlib.nullcontext() if setting is None else setting()
 
 
 def on_huge_pages(x: Tensor) -> Tensor:

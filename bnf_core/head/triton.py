@@ -1,249 +1,195 @@
-"""The log-odds head for CUDA: cuBLAS products a chunk of tokens at a time, Triton for everything between them.
+"""A tile of logits becomes exponentials and sums over them on a GPU: the third fold, one kernel that reads it once.
 
-One kernel folds a row of float32 logits into its log-odds, logsumexp and entropy in one reading; another turns the
-row into its gradient, rounded to the operands' dtype for the products that follow, which sum in float32. The kernels
-also run under Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested without a GPU.
+Everything else of the head is the loop that CPUs use (`chunked.py`), its products cuBLAS's. The kernel also runs under
+Triton's interpreter (TRITON_INTERPRET=1), and compiles for a GPU where there is none (`record_launches`, from which the
+tests compile what would be launched, and the roofline counts it).
 """
 
+import math
+import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from bnf_core.head.naive import HeadOptions, binary_entropy
-from bnf_core.head.products import product
+from bnf_core.head.folds import ROOM, Fold, Rows, Tile
+from bnf_core.head.transform import HeadOptions
 
-__all__ = ["log_odds_triton", "token_loss_triton"]
+__all__ = ["TRITON", "Launch", "record_launches"]
 
-CHUNK_BYTES = 384 * 2**20  # of logits and their gradient held at a time
-BLOCK = 4096  # vocabulary entries that a program reads at once
+BLOCK = 2048  # entries of a row that a program holds at once
+WARPS = 4  # 16 entries a thread
+
+if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no libdevice
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    def _tanh(x, _semantic=None):  # type: ignore[no-untyped-def]
+        return tl.core.tensor(TensorHandle(np.tanh(x.handle.data), x.handle.dtype), x.type)
+else:
+    from triton.language.extra.libdevice import tanh as _tanh
 
 
-def log_odds_triton(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions
-) -> tuple[Tensor, Tensor]:
-    """As `linear_log_odds`, recomputing the logits in backward."""
-    log_odds, entropy = _LogOdds.apply(hidden, weight, bias, labels, options)  # type: ignore[no-untyped-call]
-    return log_odds, entropy
+@triton.jit  # type: ignore[untyped-decorator]
+def fold_kernel(  # type: ignore[no-untyped-def]
+    raw, others, bias, labels, minus_log2_base, z_target, sumexp, sum_log2, start, raw_stride, others_stride,
+    WIDTH: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LOG2_E: tl.constexpr, SUMS: tl.constexpr,
+    MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of a tile: see `Fold.run`. `others`, `bias` and SOFTCAP may be None; offsets are int64."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(labels + row) - start
+    base = tl.load(minus_log2_base + row)
+    total = tl.zeros([BLOCK], base.dtype)
+    weighted = tl.zeros([BLOCK], base.dtype)
+    at_target = tl.zeros([BLOCK], base.dtype)
+    for first in range(0, WIDTH, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        x = tl.load(raw + row * raw_stride + j, mask=j < WIDTH, other=-float("inf")).to(base.dtype)
+        if bias is not None:
+            x += tl.load(bias + j, mask=j < WIDTH, other=0.0)
+        if SOFTCAP is not None:
+            x *= SCALE / SOFTCAP
+            x = tl.where(tl.abs(x) == float("inf"), x, _tanh(x))  # ruled out stays ruled out
+        at_target = tl.where(j == target, x, at_target)
+        x = tl.where(j == target, -float("inf"), x)
+        log2 = x * LOG2_E + base
+        exponentials = tl.exp2(log2)
+        if SUMS:
+            total += exponentials
+        if MEAN:
+            weighted += tl.maximum(log2, -1e30) * exponentials  # 0 where -inf is
+        if others is not None:
+            if SOFTCAP is not None:
+                x = tl.maximum(x, -1.0)
+                exponentials *= 1 - x * x
+                if not SUMS:
+                    exponentials = tl.where(j == target, at_target * at_target - 1, exponentials)
+            elif not SUMS:
+                exponentials = tl.where(j == target, -1.0, exponentials)
+            tl.store(others + row * others_stride + j, exponentials.to(others.dtype.element_ty), mask=j < WIDTH)
+    unit: tl.constexpr = SCALE if SOFTCAP is None else SOFTCAP
+    tl.store(z_target + row, tl.sum(at_target, 0) * unit, mask=(target >= 0) & (target < WIDTH))
+    if SUMS:
+        tl.store(sumexp + row, tl.load(sumexp + row) + tl.sum(total, 0))
+    if MEAN:
+        tl.store(sum_log2 + row, tl.load(sum_log2 + row) + tl.sum(weighted, 0))
 
 
-def token_loss_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    options: HeadOptions,
-    token_loss: Callable[..., Tensor],
-    per_token: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `linear_token_loss`, with the gradients computed in forward."""
-    loss, log_odds, entropy = _TokenLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, options, token_loss, per_token
+@triton.jit  # type: ignore[untyped-decorator]
+def statistics_kernel(  # type: ignore[no-untyped-def]
+    minus_log2_base, z_target, sumexp, sum_log2, log_odds, entropy, lse, unsound, tokens,
+    LN2: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some tokens: see `folds.statistics`. Adds the number of tokens whose sums cannot be trusted to `unsound`."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = i < tokens
+    total = tl.load(sumexp + i, mask=here, other=1.0)
+    z = tl.load(z_target + i, mask=here, other=0.0)
+    sound = (total > 1 / ROOM) & (total < ROOM)
+    tl.atomic_add(unsound, tl.sum(tl.where(here & (sound == 0), 1, 0), 0))
+    of_all = tl.log(total) - tl.load(minus_log2_base + i, mask=here, other=0.0) * LN2
+    odds = z - of_all
+    total = tl.where(total == 0, 1.0, total)
+    of_others = tl.log(total) - tl.load(sum_log2 + i, mask=here, other=0.0) / total * LN2
+    of_others = tl.maximum(of_others, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    small = tl.exp(-tl.abs(odds))  # the smaller of the two odds
+    # H of (target or not): log(1 + s) + s |l| / (1 + s); its last term is 0 where l is infinite
+    binary = tl.log(1 + small) + tl.where(small == 0, 0.0, small * tl.abs(odds) / (1 + small))
+    miss = tl.where(odds > 0, small, 1.0) / (1 + small)
+    tl.store(sumexp + i, total, mask=here)
+    tl.store(log_odds + i, odds, mask=here)
+    tl.store(entropy + i, binary + miss * of_others, mask=here)
+    tl.store(lse + i, of_all, mask=here)
+
+
+class Launch(NamedTuple):
+    """What a kernel is launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constants, and num_warps
+
+
+_recorder: ContextVar[Callable[[Launch], object] | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def record_launches(record: Callable[[Launch], object]) -> Iterator[None]:
+    """Hands every launch of this context to `record`. Launches on meta tensors are recorded, and nothing else."""
+    token = _recorder.set(record)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """On the device of the first argument, whichever is the current one."""
+    if (record := _recorder.get()) is not None:
+        record(Launch(kernel, grid, arguments, options))
+    device = arguments[0].device
+    if device.type != "meta":
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*arguments, **options)
+
+
+def _run(tile: Tile, rows: Rows, bias: Tensor | None, start: int, options: HeadOptions, sums: bool, with_mean: bool) -> None:
+    raw, others = tile.raw, tile.others
+    tokens, width = raw.shape
+    launch(
+        fold_kernel,
+        (tokens,),
+        raw,
+        others,
+        bias,
+        rows.labels,
+        rows.minus_log2_base,
+        rows.z_target,
+        rows.sumexp,
+        rows.sum_log2,
+        start,
+        raw.stride(0),
+        0 if others is None else others.stride(0),
+        WIDTH=width,
+        SCALE=options.logit_scale,
+        SOFTCAP=options.softcap,
+        LOG2_E=options.per_ratio,
+        SUMS=sums,
+        MEAN=with_mean,
+        BLOCK=min(BLOCK, triton.next_power_of_2(width)),
+        num_warps=WARPS,
     )
-    return loss, log_odds, entropy
 
 
-class _LogOdds(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions
-    ) -> tuple[Tensor, Tensor]:
-        work = _Work(hidden, weight, bias, labels, options, (False, False, False))
-        log_odds, entropy, lse = (hidden.new_empty(len(hidden), dtype=options.accumulate) for _ in range(3))
-        for chunk in work.chunks():
-            log_odds[chunk], entropy[chunk], lse[chunk] = work.statistics(chunk)
-        ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.options = options
-        ctx.mark_non_differentiable(entropy)
-        return log_odds, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_log_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
-        work = _Work(hidden, weight, bias, labels, ctx.options, ctx.needs_input_grad[:3])
-        coefficient = grad_log_odds.contiguous()  # the gradient of a sum is one number, expanded
-        for chunk in work.chunks():
-            work.logits(chunk)
-            work.add_gradients(chunk, lse[chunk], coefficient[chunk])
-        return (*work.gradients(), None, None)
+def _statistics(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, block = len(rows.labels), 256
+    log_odds, entropy, lse = (torch.empty_like(rows.z_target) for _ in range(3))
+    unsound = torch.zeros((), dtype=torch.int32, device=lse.device)
+    launch(
+        statistics_kernel,
+        (triton.cdiv(tokens, block),),
+        rows.minus_log2_base,
+        rows.z_target,
+        rows.sumexp,
+        rows.sum_log2,
+        log_odds,
+        entropy,
+        lse,
+        unsound,
+        tokens,
+        LN2=math.log(2),
+        ROOM=ROOM,
+        BLOCK=block,
+        num_warps=WARPS,
+    )
+    return log_odds, entropy, lse, unsound
 
 
-class _TokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        options: HeadOptions,
-        token_loss: Callable[..., Tensor],
-        per_token: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:3]
-        work = _Work(hidden, weight, bias, labels, options, wanted)
-        log_odds, entropy = (hidden.new_empty(len(hidden), dtype=options.accumulate) for _ in range(2))
-        loss = hidden.new_zeros((), dtype=options.accumulate)
-        for chunk in work.chunks():
-            log_odds[chunk], entropy[chunk], lse = work.statistics(chunk)
-            with torch.enable_grad():
-                leaf = log_odds[chunk].detach().requires_grad_()
-                value = token_loss(leaf, *(x[chunk] for x in per_token)).sum()
-                coefficient = torch.autograd.grad(value, leaf)[0].contiguous() if any(wanted) else leaf
-            loss += value
-            work.add_gradients(chunk, lse, coefficient)
-        ctx.gradients = work.gradients()
-        ctx.mark_non_differentiable(log_odds, entropy)
-        return loss, log_odds, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("linear_token_loss: its gradients were used up by an earlier backward; call it again.")
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None)
-
-
-class _Work:
-    """Operands, buffers and gradients of one call."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        options: HeadOptions,
-        wanted: tuple[bool, bool, bool],
-    ) -> None:
-        self.options, self.labels, self.wide = options, labels, options.accumulate
-        self.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        self.hidden, self.weight = hidden.to(options.compute), weight.to(options.compute)
-        self.bias = None if bias is None else bias.to(self.wide)
-        self.vocab = len(weight)
-        self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.grad_weight = torch.zeros_like(weight, dtype=self.wide) if wanted[1] else None
-        self.grad_bias = hidden.new_zeros(self.vocab, dtype=self.wide) if wanted[2] else None
-        per_token = self.vocab * (self.wide.itemsize + (options.compute.itemsize if any(wanted) else 0))
-        size = options.chunk_size or max(1, CHUNK_BYTES // per_token)
-        self.size = min(size - size % 128 if size > 128 else size, max(1, len(hidden)))
-        space: dict[str, Any] = {"device": hidden.device}
-        self.space = torch.empty(self.size, self.vocab, dtype=self.wide, **space)
-        # where operands are as wide as the logits, the gradient takes the logits' place
-        same = options.compute == self.wide
-        self.rounded = self.space if same else torch.empty(self.size, self.vocab, dtype=options.compute, **space)
-
-    def chunks(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.size, len(self.hidden))) for i in range(0, len(self.hidden), self.size))
-
-    def logits(self, chunk: slice) -> Tensor:
-        """(chunk, vocab) products summed and kept in float32, bias added; scale and cap are the kernels'."""
-        out = self.space[: chunk.stop - chunk.start]
-        product(self.hidden[chunk], self.weight.T, out)
-        return out if self.bias is None else out.add_(self.bias)
-
-    def statistics(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-odds, entropy of the whole distribution, and logsumexp of the others, for each token of the chunk."""
-        logits = self.logits(chunk)
-        z_target, lse, mean = (logits.new_empty(len(logits)) for _ in range(3))
-        _statistics_kernel[(len(logits),)](
-            logits, self.labels[chunk], z_target, lse, mean, self.vocab, *self._transform(), BLOCK=self._block()
-        )
-        log_odds = z_target - lse
-        of_others = torch.where(lse.isneginf(), 0, (lse - mean).clamp(min=0))  # H(q) = lse - E_q[z]
-        return log_odds, binary_entropy(log_odds) + (-log_odds).sigmoid() * of_others, lse
-
-    def add_gradients(self, chunk: slice, lse: Tensor, coefficient: Tensor) -> None:
-        """Adds coefficient * dl from the chunk's logits, which are overwritten: dl/dz_y = 1, dl/dz_j = -q_j."""
-        if self.grad_hidden is None and self.grad_weight is None and self.grad_bias is None:
-            return
-        tokens = chunk.stop - chunk.start
-        rounded = self.rounded[:tokens]
-        grid = (tokens, triton.cdiv(self.vocab, self._block()))
-        _gradient_kernel[grid](
-            self.space, rounded, self.labels[chunk], lse, coefficient, self.vocab, *self._transform(), BLOCK=self._block()
-        )
-        if self.grad_hidden is not None:
-            out = torch.empty(tokens, self.hidden.shape[1], dtype=self.wide, device=self.hidden.device)
-            self.grad_hidden[chunk] = product(rounded, self.weight, out)
-        if self.grad_weight is not None:
-            product(rounded.T, self.hidden[chunk], self.grad_weight, beta=1)
-        if self.grad_bias is not None:
-            self.grad_bias += rounded.sum(0, dtype=self.wide)
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        weight = None if self.grad_weight is None else self.grad_weight.to(self.dtypes[1])
-        bias = None if self.grad_bias is None else self.grad_bias.to(self.dtypes[2])
-        return self.grad_hidden, weight, bias
-
-    def _transform(self) -> tuple[float, float, bool]:
-        cap = self.options.softcap
-        return self.options.logit_scale, 1.0 if cap is None else cap, cap is not None
-
-    def _block(self) -> int:
-        return int(min(BLOCK, triton.next_power_of_2(self.vocab)))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _capped(x, scale, cap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """z = cap(scale * x), and z / cap."""
-    z = x * scale
-    t = z
-    if HAS_CAP:
-        t = 1 - 2 / (tl.exp(2 * z / cap) + 1)  # tanh
-        z = cap * t
-    return z, t
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _statistics_kernel(  # type: ignore[no-untyped-def]
-    logits, labels, z_target, lse, mean, VOCAB: tl.constexpr, scale, cap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One row: logit of the target, logsumexp of the others, and E_q[z], with a running maximum."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(labels + row)
-    x_target = tl.load(logits + row * VOCAB + target)
-    z, _ = _capped(x_target, scale, cap, HAS_CAP)
-    tl.store(z_target + row, z)
-    top = x_target * 0 - float("inf")
-    mass = x_target * 0
-    weighted = x_target * 0
-    for start in range(0, VOCAB, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * VOCAB + j, mask=j < VOCAB, other=0.0)
-        z, _ = _capped(x, scale, cap, HAS_CAP)
-        z = tl.where((j < VOCAB) & (j != target), z, -float("inf"))
-        higher = tl.maximum(top, tl.max(z, 0))
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        e = tl.exp(z - base)
-        shrink = tl.exp(top - base)
-        mass = mass * shrink + tl.sum(e, 0)
-        weighted = weighted * shrink + tl.sum(tl.where(z == -float("inf"), 0.0, e * z), 0)
-        top = higher
-    base = tl.where(top == -float("inf"), 0.0, top)
-    tl.store(lse + row, base + tl.log(mass))
-    tl.store(mean + row, weighted / mass)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gradient_kernel(  # type: ignore[no-untyped-def]
-    logits, gradient, labels, lse, coefficient, VOCAB: tl.constexpr, scale, cap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One block of one row: coefficient * dl/dx, rounded to the dtype of `gradient` (which may be `logits`)."""
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row * VOCAB + j, mask=j < VOCAB, other=0.0)
-    z, t = _capped(x, scale, cap, HAS_CAP)
-    base = tl.load(lse + row)
-    q = tl.where(base == -float("inf"), 0.0, tl.exp(z - base))
-    direction = tl.where(j == tl.load(labels + row), 1.0, -q)
-    value = tl.load(coefficient + row) * direction * scale
-    if HAS_CAP:
-        value = value * (1 - t * t)
-    tl.store(gradient + row * VOCAB + j, value.to(gradient.dtype.element_ty), mask=j < VOCAB)
+TRITON = Fold(_run, _statistics, gpu=True)
