@@ -8,7 +8,8 @@ bf16 too, but summed in float32, which the column of extra memory shows.
 
 Every candidate runs in the same process, in turn (A B C A B C ...), so that a machine that changes its speed changes it
 for all; the table has medians with their spread. Memory is what a call holds at its peak beyond its inputs, dhidden and
-dweight. TRL's, Liger's and Apple's heads are measured where they are installed.
+dweight. The heads of others (bnf_core/benchmark_peers.py) are measured where they are installed and the device can, and
+have a line that says why where not; --check compares their gradients with full logits first.
 """
 
 import argparse
@@ -31,12 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnf_core.batch import TokenBatch
+from bnf_core.benchmark_peers import about, check, peers, reason, wrong
 from bnf_core.fused import linear_bnf_loss
 from bnf_core.head import IMPLEMENTATIONS, linear_log_odds, triton_runs_on
 from bnf_core.objectives import bnf
 
 CPU_SHAPES = ["2048x576x49152", "1024x2048x128256"]
 GPU_SHAPES = ["8192x4096x128256", "8192x3584x256000", "32768x4096x128256"]
+CHECKED_SHAPE = "8192x128x1024"  # more tokens than anyone's chunk
 Step = Callable[[], object]
 
 
@@ -63,9 +66,9 @@ class Problem:
         value.backward()  # type: ignore[no-untyped-call]
 
 
-def candidates(p: Problem) -> dict[str, Step]:
-    """What can run here, by name. All but the first compute a loss and its gradients in hidden states and weight."""
-    found: dict[str, Step] = {"bare products": _bare(p)}
+def candidates(p: Problem) -> dict[str, Step | str]:
+    """What can run here, by name, and why a peer cannot. All but the first give a loss and its gradients in hidden, weight."""
+    found: dict[str, Step | str] = {"bare products": _bare(p)}
 
     def add(name: str, loss: Callable[[], Tensor]) -> None:
         found[name] = lambda: p.backward(loss)
@@ -79,19 +82,11 @@ def candidates(p: Problem) -> dict[str, Step]:
             add(f"linear_bnf_loss, {name}, rounded", functools.partial(_one_pass, p, name, exact=False))
         if name != "naive":
             add(f"linear_log_odds, {name}", functools.partial(_two_steps, p, name))
-    if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
-        add("torch linear_cross_entropy", lambda: F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=options))
-    with contextlib.suppress(ImportError):
-        trl = importlib.import_module("trl.kernels").ChunkedLogProbFunction
-        add("TRL fused head", lambda: -trl.apply(p.hidden, p.weight, None, p.labels, 1.0, 8192)[0].mean())
-    if p.hidden.is_cuda:
-        with contextlib.suppress(ImportError):
-            liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-            add("Liger", lambda: liger(p.weight, p.hidden, p.labels))
-        with contextlib.suppress(ImportError):
-            cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-            add("CCE", lambda: cce(p.hidden, p.weight, p.labels))
+    for name, loss in peers(p).items():
+        if isinstance(loss, str):
+            found[name] = loss
+        else:
+            add(name, loss)
     return found
 
 
@@ -185,31 +180,35 @@ def _resident() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def measure(shape: str, precision: str, device: str, repeats: int, only: str) -> list[dict[str, Any]]:
+def measure(shape: str, precision: str, device: str, repeats: int, only: str, checked: bool = False) -> list[dict[str, Any]]:
     """One row per candidate: median seconds, spread, ratio to the bare products, extra memory; or why it did not run."""
     p = Problem(shape, precision, device)
-    steps = {name: step for name, step in candidates(p).items() if only in name or name == "bare products"}
+    found = {name: step for name, step in candidates(p).items() if only in name or name == "bare products"}
+    steps = {name: step for name, step in found.items() if not isinstance(step, str)}
+    failed = {name: why for name, why in found.items() if isinstance(why, str)}
+    errors = check(Problem(CHECKED_SHAPE, precision, device)) if checked else {}
+    failed |= {name: why for name in steps if name in errors and (why := wrong(errors[name], p.hidden.dtype))}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    failed: dict[str, str] = {}
     for turn in range(repeats + 1):
         for name, step in steps.items():
             if name not in failed:
                 try:
                     seconds = timed(step, device)
                 except Exception as error:  # a candidate that cannot is a row that says so
-                    failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                    failed[name] = reason(error)
                 else:
                     times[name] += [seconds] if turn else []  # the first turn warms up
     rows = []
     bare = statistics.median(times["bare products"])
-    for name, step in steps.items():
+    for name in found:
         row: dict[str, Any] = {"shape": shape, "dtype": precision, "device": device, "name": name}
         if name in failed:
             row["failed"] = failed[name]
         else:
             median = statistics.median(times[name])
             row |= {"seconds": median, "fastest": min(times[name]), "slowest": max(times[name]), "ratio": median / bare}
-            row["extra_mib"] = None if name == "bare products" else peak_memory(step, p) / 2**20
+            row["extra_mib"] = None if name == "bare products" else peak_memory(steps[name], p) / 2**20
+            row |= about(name) | ({"errors": errors[name]} if name in errors else {})
         rows.append(row)
     return rows
 
@@ -226,7 +225,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                     continue
                 spread = f"({row['fastest']:.3f}-{row['slowest']:.3f})"
                 extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
-                lines.append(f"{row['name']:38}{row['seconds']:9.3f}{spread:>18}{row['ratio']:8.2f}{extra:>11}")
+                errors = ", ".join(f"{key} {error:.0e}" for key, error in row.get("errors", {}).items())
+                line = f"{row['name']:38}{row['seconds']:9.3f}{spread:>18}{row['ratio']:8.2f}{extra:>11}"
+                lines.append(line + (f"   errors: {errors}" if errors else ""))
     return "\n".join(lines)
 
 
@@ -255,6 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default=device, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each, after one to warm up")
     parser.add_argument("--only", default="", help="only candidates whose name contains this")
+    parser.add_argument("--check", action="store_true", help="errors of the peers' gradients, on a small shape, beforehand")
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="writes OUTPUT.json and OUTPUT.png")
     options = parser.parse_args(arguments)
     rows = []
@@ -262,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads")
     for shape in options.shape or (GPU_SHAPES if options.device == "cuda" else CPU_SHAPES):
         for name in options.dtype or (["bfloat16"] if options.device == "cuda" else ["float32", "bfloat16"]):
-            measured = measure(shape, name, options.device, options.repeats, options.only)
+            measured = measure(shape, name, options.device, options.repeats, options.only, options.check)
             print(table(measured), flush=True)
             rows += measured
     options.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
