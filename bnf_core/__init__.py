@@ -3,6 +3,7 @@
 The paper, readable    reference: eqs. 4, 5, 6, 8, 9, and T1, on full logits
 The log-odds head      linear_log_odds (never holds the logits), token_log_odds (from logits)
 In one pass            linear_bnf_loss, linear_token_loss (any loss of a token's log-odds)
+What that will hold    head_workspace (bytes, from shapes alone)
 The batch              TokenBatch; sequence_logps, pair_logps
 BNF                    bnf, bnf_binary (T2), bnf_weight, bnf_target
 Every objective        OBJECTIVES by name (PAIRWISE: those with one loss per pair)
@@ -13,7 +14,7 @@ What training moved    analysis: shifts of log-likelihoods and logits, Gini, per
 from bnf_core import analysis, constraints, reference
 from bnf_core.batch import PairLogps, TokenBatch, pair_logps, sequence_logps
 from bnf_core.fused import linear_bnf_loss
-from bnf_core.head import linear_log_odds, linear_token_loss, token_log_odds
+from bnf_core.head import head_workspace, linear_log_odds, linear_token_loss, token_log_odds
 from bnf_core.objectives import OBJECTIVES, PAIRWISE, Objective, bnf, bnf_binary, bnf_target, bnf_weight
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "bnf_target",
     "bnf_weight",
     "constraints",
+    "head_workspace",
     "linear_bnf_loss",
     "linear_log_odds",
     "linear_token_loss",

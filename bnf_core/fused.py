@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bnf_core.head import linear_token_loss
+from bnf_core._checks import IGNORE, check_floating
+from bnf_core.head import TOKEN_LOSSES, linear_token_loss
 from bnf_core.objectives import bnf_weight
 
 __all__ = ["linear_bnf_loss", "weighted_nll"]
@@ -56,13 +57,19 @@ def linear_bnf_loss(
       >>> loss
       tensor(1.3863)
     """
+    for name, value in (("ref_log_odds", ref_log_odds), ("coefficient", coefficient)):
+        check_floating(name, value, (hidden.shape[0],))
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
     options |= {"implementation": implementation, "chunk_size": chunk_size, "exact": exact}
     loss, log_odds, entropy = linear_token_loss(hidden, weight, labels, weighted_nll, ref_log_odds, coefficient, **options)
     w = bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype))
-    # (1 - w) H has no gradient; 0 where the label is -100, because H is
-    return loss + ((1 - w) * entropy * coefficient).sum(), log_odds, entropy
+    constant = (1 - w) * entropy * coefficient.detach()  # (1 - w) H has no gradient
+    return loss + constant.masked_fill(labels.long() == IGNORE, 0).sum(), log_odds, entropy
 
 
 def weighted_nll(log_odds: Tensor, ref_log_odds: Tensor, coefficient: Tensor) -> Tensor:
+    """coefficient * w * NLL of each token: what has a gradient in the BNF loss."""
     return -coefficient * bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) * F.logsigmoid(log_odds)
+
+
+TOKEN_LOSSES["bnf"] = weighted_nll

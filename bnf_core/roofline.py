@@ -71,6 +71,7 @@ class Step(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Steps in their order, and the most bytes held at once by tensors made meanwhile."""
 
+    inputs: list[Tensor] = field(default_factory=list)  # held anyway
     steps: list[Step] = field(default_factory=list)
     live: dict[int, list[int]] = field(default_factory=dict)  # storage -> bytes, tensors
     held: int = 0
@@ -78,6 +79,7 @@ class Recorder(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.ours = {x.untyped_storage()._cdata for x in self.inputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,12 +118,18 @@ class Recorder(TorchDispatchMode):
 
     def launched(self, launch: Any) -> None:
         """Triton's kernels: every tensor that is handed to one is read or written once, sums both."""
-        raw, others, *rest = launch.arguments
-        reads = [raw, *(x for x in rest if isinstance(x, Tensor))]
+        tensors = [x for x in launch.arguments if isinstance(x, Tensor)]
+        if launch.kernel.__name__ != "fold_kernel":
+            self.steps.append(Step("statistics", 0, torch.float32, _sizes(tensors), ()))
+            return
+        raw, others = launch.arguments[:2]
+        reads = [x for x in tensors if x is not others]
         self.steps.append(Step("fold", 0, raw.dtype, _sizes(reads), _sizes([] if others is None else [others])))
 
     def _track(self, x: Tensor) -> None:
         key = x.untyped_storage()._cdata
+        if key in self.ours:
+            return
         if key not in self.live:
             self.live[key] = [x.untyped_storage().nbytes(), 0]
             self.held += self.live[key][0]
@@ -166,6 +174,7 @@ class Estimate(NamedTuple):
     bytes: dict[str, float]
     flops: float
     peak: int  # bytes beyond inputs and gradients
+    group: int = 0  # tokens whose exponentials are held at once
 
 
 def timed(steps: list[Step], device: Device, peak: int) -> Estimate:
@@ -208,7 +217,8 @@ def estimate(
     labels = torch.empty(tokens, dtype=torch.long, device="meta")
     values = torch.empty(tokens, device="meta"), torch.empty(tokens, device="meta")
     head, wanted = HeadOptions(softcap, 1.0, dtype), (True, True, bias)
-    with Recorder() as recorder, record_launches(recorder.launched):
+    inputs = [hidden, weight, labels, *values, *([] if offset is None else [offset])]
+    with Recorder(inputs) as recorder, record_launches(recorder.launched):
         if recompute:
             _, _, lse = log_odds_forward(hidden, weight, offset, labels, head, TRITON)
             gradients = log_odds_backward(values[0], lse, hidden, weight, offset, labels, head, TRITON, wanted)
@@ -223,7 +233,7 @@ def estimate(
             logits = torch.mm(hidden, weight.T)
         torch.mm(logits, weight)
         torch.mm(logits.T, hidden)
-    found = timed(recorder.steps, device, recorder.peak - returned)
+    found = timed(recorder.steps, device, recorder.peak - returned)._replace(group=sizes.group)
     looks = -(-tokens // sizes.chunk) + 1  # at each chunk's sums, and at the labels
     for times in (found.seconds, found.with_l2):
         times["looks at a number"] = looks * device.look
@@ -252,7 +262,9 @@ def table(name: str, device_name: str, **options: Any) -> str:
     lines.append(f"{'total':28}{sum(found.counts.values()):7}{'':9}{total * 1e3:14.3f}{quick * 1e3:10.3f}")
     lines.append(f"{'bare products':28}{len(bare.counts):7}{'':9}{products * 1e3:14.3f}")
     lines.append(f"{'ratio':28}{'':16}{total / products:14.3f}{quick / products:10.3f}")
-    summed = pieces["float32 sum of dweight"]
-    lines.append(f"memory beyond the gradients: {(found.peak - summed) / 2**20:.0f} MiB, and {summed / 2**20:.0f} MiB float32 sum of dweight")
+    summed, what = pieces["float32 sum of dweight"], "a float32 sum of dweight"
+    if not summed and not options.get("recompute") and found.group == tokens:
+        summed, what = pieces["exponentials"], "exponentials of all tokens, in place of a float32 sum of dweight"
+    lines.append(f"memory beyond the gradients: {(found.peak - summed) / 2**20:.0f} MiB, and {summed / 2**20:.0f} MiB {what}")
     lines += [f"  {size / 2**20:7.0f} MiB {piece}" for piece, size in pieces.items() if size]
     return "\n".join(lines)

@@ -45,10 +45,6 @@ PAPER = {  # table 7: A100-hours of one training; parameters, by which a local f
 }
 PAPER_MODEL, PAPER_TFLOPS = "meta-llama/Meta-Llama-3-8B-Instruct", 312.0
 
-# What the log-odds head holds at most beside dweight: exponentials of a chunk of tokens; tiles of logits where the
-# weight is frozen and no chunk is held.
-HEAD_CHUNK = {"cpu": 56 * MIB, "cuda": 448 * MIB}
-HEAD_TILES = {"cpu": 16 * MIB, "cuda": 128 * MIB}
 CUDA_CONTEXT = 1 * GIB  # an allowance for CUDA's context, NCCL and the allocator's rounding; not measured
 # What glibc's heap keeps of freed memory between what stays, as a share of activations, bf16 copies and head: fitted, not
 # derived. Measured, bf16 autocast, gradients accumulated: 0.51 (a 47 M Llama, 788 positions), 0.51 (SmolLM2-135M, 844
@@ -265,14 +261,19 @@ def optimizer_bytes(trainable: int, strategy: str, gpus: int, optim: str) -> int
     return each * trainable // (1 if strategy == "DDP" else gpus)
 
 
-def head_chunk(tokens: int, vocab: int, device: str, bf16: bool) -> int:
-    """Exponentials of all response tokens of a micro-batch and tiles of logits, or of as many as the head allows itself."""
-    return min(HEAD_CHUNK[device], HEAD_TILES[device] + (2 if bf16 else 4) * tokens * vocab)
+def head_bytes(size: ModelSize, tokens: int, device: str, bf16: bool, width: int = 4, frozen: bool = False) -> int:
+    """What the head says it will hold beyond gradients, for the response tokens of a micro-batch (`bnf_core.head_workspace`)."""
+    import torch
 
+    from bnf_core import head_workspace
 
-def head_bytes(size: ModelSize, frozen: bool, device: str, chunk: int) -> int:
-    """4 V d of dweight in float32 and a chunk of exponentials; where the weight is frozen tiles of logits only."""
-    return HEAD_TILES[device] if frozen else 4 * size.head + chunk
+    narrow = torch.bfloat16 if bf16 else torch.float32
+    weight = torch.float32 if width == 4 else torch.bfloat16
+    dim, gpu = size.head // size.vocab, device != "cpu"
+    pieces = head_workspace(
+        tokens, dim, size.vocab, hidden_dtype=narrow, weight_dtype=weight, compute=narrow, gpu=gpu, frozen=frozen
+    )
+    return sum(pieces.values())
 
 
 def rows_bytes(tokens: int) -> int:
@@ -328,7 +329,8 @@ def trace(
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
             after_forward = live.now
             hidden = hidden.flatten(0, 1).index_select(0, places)
-            chunk = head_chunk(len(places), len(weight), "cpu", bf16)
+            width = weight.element_size()
+            chunk = head_bytes(ModelSize.of_head(weight), len(places), "cpu", bf16, width)
             loss = _head_allocations().apply(hidden, weight, chunk)
         del hidden
         loss.backward()

@@ -11,10 +11,11 @@ from torch import Tensor
 from bnf_core._checks import IGNORE, check_floating, check_label_shape, check_labels, check_positive, check_same_device, describe
 from bnf_core.head.autograd import FOLDS, TOKEN_LOSSES, ClosureLoss, log_odds_op, token_loss_op
 from bnf_core.head.closure import TokenLoss
+from bnf_core.head.layout import layout
 from bnf_core.head.naive import log_odds_naive, token_log_odds, token_loss_naive
 from bnf_core.head.transform import HeadOptions
 
-__all__ = ["IMPLEMENTATIONS", "TOKEN_LOSSES", "linear_log_odds", "linear_token_loss", "token_log_odds"]
+__all__ = ["IMPLEMENTATIONS", "TOKEN_LOSSES", "head_workspace", "linear_log_odds", "linear_token_loss", "token_log_odds"]
 
 IMPLEMENTATIONS = ("naive", *FOLDS)
 
@@ -179,6 +180,55 @@ def _chosen(labels: Tensor, vocab: int, *values: Tensor) -> tuple[Tensor | None,
 def _restored(values: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
     """Back in place among tokens whose label is -100."""
     return values if kept is None else values.new_zeros(tokens).index_copy(0, kept, values)
+
+
+def head_workspace(
+    tokens: int,
+    dim: int,
+    vocab: int,
+    *,
+    hidden_dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    gpu: bool = False,
+    frozen: bool = False,
+    softcap: float | None = None,
+    exact: bool = True,
+) -> dict[str, int]:
+    """What one call of `linear_token_loss` will hold beyond its inputs and their gradients, before it is made.
+
+    The sizes of its pieces follow from shapes and dtypes alone, so this is what it allocates, but for vectors of length
+    tokens and what a product needs inside.
+
+    Args:
+      tokens, dim, vocab: the shapes of hidden (tokens, dim) and weight (vocab, dim).
+      hidden_dtype, weight_dtype: their dtypes.
+      compute: autocast's dtype; None: no autocast.
+      gpu: sizes for a GPU in place of a CPU's.
+      frozen: the weight asks for no gradient.
+      softcap, exact: as for `linear_log_odds`.
+
+    Returns:
+      Bytes by what they are for.
+
+    Example:
+      >>> import torch
+      >>> held = head_workspace(8192, 4096, 128256, hidden_dtype=torch.bfloat16, weight_dtype=torch.bfloat16, gpu=True)
+      >>> {name: size // 2**20 for name, size in held.items() if size}  # doctest: +NORMALIZE_WHITESPACE
+      {'logits of a tile': 16, 'exponentials': 2004, 'hidden states, scaled': 64, 'float32 sum of dhidden': 32}
+    """
+    options = HeadOptions(softcap, 1.0, compute or torch.promote_types(hidden_dtype, weight_dtype), None, exact)
+    sizes = layout(
+        tokens,
+        dim,
+        vocab,
+        options,
+        hidden_dtype=hidden_dtype,
+        weight_dtype=weight_dtype,
+        on_gpu=gpu,
+        wanted=(True, not frozen, False),
+    )
+    return sizes.workspace(scratch=not gpu)
 
 
 def _checked(

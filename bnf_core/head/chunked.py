@@ -312,7 +312,8 @@ class _Head:
     def put_targets(self, block: slice) -> None:
         """Into the exponentials that are held, after dhidden's product: their sum was not known before."""
         if self.held is not None and self.group.stop > self.group.start:
-            put_targets(self.held_exponentials(block), self.labels[self.group], block.start, self.at_target[self.group])
+            whole = block.stop - block.start == self.layout.vocab
+            put_targets(self.held_exponentials(block), self.labels[self.group], block.start, self.at_target[self.group], whole)
 
     def add_to_weight(self, block: slice) -> None:
         """The exponentials of the group by its scaled hidden states, for a block of dweight."""
@@ -338,8 +339,7 @@ class _Head:
             return
         assert rows.by_hidden is not None
         if rows.target_rows is not None:
-            target = self.rounded(rows.target_rows)
-            rows.by_hidden.addcmul_(target.to(self.wide), self.at_target[rows.at].unsqueeze(1))
+            rows.by_hidden.addcmul_(self.rounded(rows.target_rows), self.at_target[rows.at].unsqueeze(1))
         rows.by_hidden.mul_(self.at_others[rows.at].unsqueeze(1))
         if self.layout.sums_hidden:
             self.grad_hidden[rows.at] = rows.by_hidden

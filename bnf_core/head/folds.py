@@ -87,8 +87,11 @@ def take_targets(raw: Tensor, rows: Rows, bias: Tensor | None, start: int, optio
     rows.z_target.copy_(torch.where(inside, ratio * options.unit, rows.z_target))
 
 
-def put_targets(others: Tensor, labels: Tensor, start: int, values: Tensor) -> None:
-    """Writes `values` (tokens,) to the targets' places in a block of the vocabulary."""
+def put_targets(others: Tensor, labels: Tensor, start: int, values: Tensor, whole: bool = False) -> None:
+    """Writes `values` (tokens,) to the targets' places in a block of the vocabulary, or in the `whole` of it."""
+    if whole:
+        others.scatter_(1, labels.unsqueeze(1), values.to(others.dtype).unsqueeze(1))
+        return
     at, inside = _places(others, labels, start)
     others.scatter_(1, at, torch.where(inside, values.to(others.dtype), others.gather(1, at).squeeze(1)).unsqueeze(1))
 

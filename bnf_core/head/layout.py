@@ -114,7 +114,8 @@ def layout(
     for_logits = compute if on_gpu else operand if rounds else wide
     # fp16 has no room for a gradient before the loss scale is applied: wide until backward has multiplied
     grad_dtypes = [wide if dtype == torch.float16 else dtype for dtype in (hidden_dtype, weight_dtype)]
-    copies = tuple(sorted({compute, operand, for_logits} - {weight_dtype}, key=str))
+    rounded = {compute} - {weight_dtype}  # rows of the weight are rounded first
+    copies = tuple(sorted(rounded | ({operand, for_logits} - {compute}), key=str))
 
     budget = BUDGETS["gpu" if on_gpu else "cpu"]
     tile = budget.tile // wide.itemsize
