@@ -233,6 +233,8 @@ def orpo_constraint(pairs: PairLogps, *, lambda_: float = 0.1) -> Constraint:
     C_w = (1 + lambda sigmoid(-h) / (1 - P_w)) / |y_w|,   C_l = lambda sigmoid(-h) / (1 - P_l) / |y_l|,
     h = log odds(P_w) - log odds(P_l),   P = e^m, the geometric mean likelihood per token.
 
+    Finite where a P rounds to 1: it counts as the last number before 1 that m can tell from it.
+
     Args:
       pairs: sequence log-likelihoods and lengths of the two sides, from either path.
       lambda_: weight of the odds ratio, not negative.
@@ -255,7 +257,8 @@ def orpo_constraint(pairs: PairLogps, *, lambda_: float = 0.1) -> Constraint:
     """
     _check(pairs)
     check_positive("lambda_", lambda_, zero=True)
-    mean_w, mean_l = pairs.means
+    # a likelihood that rounds to 1 counts as the last number before it: C would be infinite, grad log pi is 0
+    mean_w, mean_l = (mean.clamp(max=-torch.finfo(mean.dtype).tiny) for mean in pairs.means)
     # sigmoid(-h) / (1 - P) in logs; with D = P_w (1 - P_l) + P_l (1 - P_w):  P_l / D  and  P_l (1 - P_w) / ((1 - P_l) D)
     miss_w, miss_l = torch.log(-torch.expm1(mean_w)), torch.log(-torch.expm1(mean_l))
     log_d = torch.logaddexp(mean_w + miss_l, mean_l + miss_w)

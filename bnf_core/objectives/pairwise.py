@@ -193,6 +193,9 @@ def orpo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, lambda_: floa
 
     -m_w - lambda log sigmoid(log odds(e^m_w) - log odds(e^m_l)),   log odds(P) = log P - log(1 - P).
 
+    The odds keep their digits where P rounds to 1. A response that is certain, all l = inf, counts as one of very large
+    but finite odds, and its gradient is 0.
+
     Args:
       log_odds: l of each response token under the policy. Differentiable.
       batch: needs `pair`.
@@ -216,9 +219,10 @@ def orpo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, lambda_: floa
       Hong et al. 2024, ORPO: monolithic preference optimization without reference model.
     """
     check_positive("lambda_", lambda_, zero=True)
-    mean_w, mean_l = pair_logps(log_odds, batch).means
-    log_odds_ratio = (mean_w - log1mexp(mean_w)) - (mean_l - log1mexp(mean_l))
-    return -mean_w - lambda_ * F.logsigmoid(log_odds_ratio)
+    chosen, rejected = batch.pairs()
+    mean_w, _ = pair_logps(log_odds, batch).means
+    odds = _log_odds_of_mean(log_odds, batch)
+    return -mean_w - lambda_ * F.logsigmoid(odds[chosen] - odds[rejected])
 
 
 def dpop(
@@ -295,8 +299,26 @@ def bnf_contrastive(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, be
     return 2 * torch.sigmoid(beta * (r_l - r_w)) * (losses[chosen] + losses[rejected]) / 2
 
 
+def _log_odds_of_mean(log_odds: Tensor, batch: TokenBatch) -> Tensor:
+    """log odds(P) of each response, P = e^m: one token's l. A response that is certain, all l = inf, counts as very large l.
+
+    Where P rounds to 1, 1 - P is the mean of e^-l over the tokens, summed in logs; then a certain one has gradient 0.
+    """
+    mean = batch.mean(F.logsigmoid(log_odds))
+    limits = torch.finfo(log_odds.dtype)
+    close = mean > -(limits.eps**2)  # 1 - P = -m to more digits than there are
+    # the double where: what is not chosen must be finite too, or its gradient is 0 * inf
+    x = torch.where(close[batch.response], -log_odds.clamp(max=limits.max**0.5), 0)
+    top = x.new_full((batch.responses,), -torch.inf).scatter_reduce(0, batch.response.long(), x.detach(), "amax")
+    log_mean = top + batch.mean((x - top[batch.response]).exp()).log()
+    return mean - torch.where(close, log_mean, log1mexp(torch.where(close, -1, mean)))
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x <= 0, without cancellation; -inf at x = 0, where its gradient is taken as 0."""
-    inside = torch.where(x < 0, x, -1)
-    value = torch.where(inside > -0.6931, torch.log(-torch.expm1(inside)), torch.log1p(-torch.exp(inside)))
+    near, far = (x > -0.6931) & (x < 0), x <= -0.6931
+    # each form sees only its own x: at another's its gradient would be inf, and 0 * inf is NaN
+    value = torch.where(
+        near, torch.log(-torch.expm1(torch.where(near, x, -1))), torch.log1p(-torch.exp(torch.where(far, x, -1)))
+    )
     return torch.where(x < 0, value, torch.where(x == 0, -torch.inf, torch.nan))
