@@ -270,7 +270,7 @@ BAD = {
     "no-reference": (lambda: OBJECTIVES["dpo"](torch.zeros(2), replace(PAIRED, ref_log_odds=None)), "batch.ref_log_odds"),
     "kto-no-reference": (lambda: OBJECTIVES["kto"](torch.zeros(2), replace(SINGLE, ref_log_odds=None)), "batch.ref_log_odds"),
     "beta": (lambda: OBJECTIVES["dpo"](torch.zeros(2), PAIRED, beta=0), "beta: expected a positive number, got 0"),
-    "nan": (lambda: OBJECTIVES["simpo"](torch.zeros(2), PAIRED, beta=float("nan")), "beta: expected a positive number"),
+    "nan": (lambda: OBJECTIVES["simpo"](torch.zeros(2), PAIRED, beta=float("nan")), "beta: expected a finite positive number"),
     "tau": (lambda: OBJECTIVES["ipo"](torch.zeros(2), PAIRED, tau=-1.0), "tau: expected a positive number"),
     "lambda": (lambda: OBJECTIVES["orpo"](torch.zeros(2), PAIRED, lambda_=-1.0), "lambda_: expected a non-negative number"),
     "log-odds": (lambda: OBJECTIVES["nll_pll"](torch.zeros(3), PAIRED), r"log_odds: expected shape \(2,\)"),
