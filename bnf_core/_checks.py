@@ -112,12 +112,12 @@ def check_positive(name: str, value: object, zero: bool = False) -> float:
     return number
 
 
-def check_reference_point(z0: object) -> float | Tensor:
-    """KTO's z0: a finite number, or a tensor of one, which is a constant for the gradient."""
-    if not isinstance(z0, Tensor):
-        return check_number("z0", z0)
-    check_floating("z0", z0, ())
-    return z0.new_tensor(check_number("z0", z0.item()))
+def check_reference_point(z0: object) -> float:
+    """KTO's z0: a finite number, or a tensor that holds one; returns it as a float, a constant for the gradient."""
+    if isinstance(z0, Tensor):
+        check_floating("z0", z0, ())
+        z0 = z0.item()
+    return check_number("z0", z0)
 
 
 def _finite(value: object) -> float | None:

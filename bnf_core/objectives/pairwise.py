@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_positive
+from bnf_core._checks import check_number, check_positive, wide
 from bnf_core.batch import TokenBatch, pair_logps
 from bnf_core.objectives.bnf import bnf
 
@@ -48,7 +48,7 @@ def slic_hf(
     References:
       Zhao et al. 2023, SLiC-HF: sequence likelihood calibration with human feedback.
     """
-    check_positive("lambda_", lambda_, zero=True)
+    delta, lambda_ = check_number("delta", delta), check_positive("lambda_", lambda_, zero=True)
     pairs = pair_logps(log_odds, batch)
     return F.relu(delta - pairs.chosen + pairs.rejected) - lambda_ * pairs.chosen
 
@@ -80,7 +80,7 @@ def dpo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, beta: float = 
     References:
       Rafailov et al. 2023, Direct preference optimization.
     """
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return -F.logsigmoid(beta * (r_w - r_l))
 
@@ -112,7 +112,7 @@ def ipo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, tau: float = 0
     References:
       Azar et al. 2023, A general theoretical paradigm to understand learning from human preferences.
     """
-    check_positive("tau", tau)
+    tau = check_positive("tau", tau)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return (r_w - r_l - 1 / (2 * tau)).square()
 
@@ -147,7 +147,7 @@ def simpo(
     References:
       Meng et al. 2024, SimPO: simple preference optimization with a reference-free reward.
     """
-    check_positive("beta", beta)
+    beta, gamma = check_positive("beta", beta), check_number("gamma", gamma)
     mean_w, mean_l = pair_logps(log_odds, batch).means
     return -F.logsigmoid(beta * (mean_w - mean_l) - gamma)
 
@@ -182,7 +182,7 @@ def r_dpo(
     References:
       Park et al. 2024, Disentangling length from quality in direct preference optimization, eq. 9.
     """
-    check_positive("beta", beta)
+    beta, alpha = check_positive("beta", beta), check_number("alpha", alpha)
     pairs = pair_logps(log_odds, batch)
     r_w, r_l = pairs.log_ratios
     return -F.logsigmoid(beta * (r_w - r_l) + alpha * (pairs.chosen_lengths - pairs.rejected_lengths))
@@ -218,7 +218,7 @@ def orpo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, lambda_: floa
     References:
       Hong et al. 2024, ORPO: monolithic preference optimization without reference model.
     """
-    check_positive("lambda_", lambda_, zero=True)
+    lambda_ = check_positive("lambda_", lambda_, zero=True)
     chosen, rejected = batch.pairs()
     mean_w, _ = pair_logps(log_odds, batch).means
     odds = _log_odds_of_mean(log_odds, batch)
@@ -257,8 +257,7 @@ def dpop(
     References:
       Pal et al. 2024, Smaug: fixing failure modes of preference optimisation with DPO-positive.
     """
-    check_positive("beta", beta)
-    check_positive("lambda_", lambda_, zero=True)
+    beta, lambda_ = check_positive("beta", beta), check_positive("lambda_", lambda_, zero=True)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return -F.logsigmoid(beta * (r_w - r_l - lambda_ * F.relu(-r_w)))
 
@@ -292,7 +291,7 @@ def bnf_contrastive(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, be
     References:
       Section 7 of the paper; c is C_DPO over its value where policy = reference.
     """
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
     r_w, r_l = pair_logps(log_odds.detach(), batch).log_ratios
     chosen, rejected = batch.pairs()
     losses = bnf(log_odds, batch)
@@ -304,6 +303,7 @@ def _log_odds_of_mean(log_odds: Tensor, batch: TokenBatch) -> Tensor:
 
     Where P rounds to 1, 1 - P is the mean of e^-l over the tokens, summed in logs; then a certain one has gradient 0.
     """
+    log_odds = wide(log_odds)
     mean = batch.mean(F.logsigmoid(log_odds))
     limits = torch.finfo(log_odds.dtype)
     close = mean > -(limits.eps**2)  # 1 - P = -m to more digits than there are
