@@ -1,15 +1,25 @@
 """Checks on the input of public functions: each failure is one sentence saying what was expected and what came."""
 
+import math
+import reprlib
+
+import numpy as np
 import torch
 from torch import Tensor
 
+NUMBER = (int, float, np.integer, np.floating)
 IGNORE = -100  # label of a position that is not a response token
 
 
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"  # a few elements of a long list
+
+
+def wide(values: Tensor) -> Tensor:
+    """In the dtype that it is computed in: float64 stays, all others become float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def check_floating(name: str, value: object, shape: tuple[int, ...] | None = None) -> None:
@@ -26,24 +36,35 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"expected all tensors on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}.")
 
 
-def check_label_shape(labels: object, shape: tuple[int, ...]) -> None:
-    """`labels` is an integer tensor of `shape`."""
+def label_ids(labels: object, shape: tuple[int, ...]) -> Tensor:
+    """`labels`, an integer tensor of `shape`, as int64: narrow dtypes compare with -100 wrapped around."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected an integer tensor, got {describe(labels)}.")
     if tuple(labels.shape) != shape:
         raise ValueError(f"labels: expected shape {shape}, one per position, got {describe(labels)}.")
+    ids = labels.long()
+    return ids if labels.dtype.is_signed else ids.clamp(min=-1)  # no unsigned number is -100
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], vocab: int) -> None:
-    """`labels` is an integer tensor of `shape` holding token ids in [0, vocab) or -100."""
-    check_label_shape(labels, shape)
-    bad = (labels != IGNORE) & ((labels < 0) | (labels >= vocab))
+def holds_numbers(x: Tensor) -> bool:
+    """Whether there is data to look at: not on the meta device, nor while torch.compile or FakeTensorMode trace shapes."""
+    return not (x.is_meta or torch.compiler.is_compiling() or type(x).__name__ in ("FakeTensor", "FunctionalTensor"))
+
+
+def check_labels(labels: object, shape: tuple[int, ...], vocab: int) -> Tensor:
+    """`labels` is an integer tensor of `shape` holding token ids in [0, vocab) or -100; returns them as int64."""
+    ids = label_ids(labels, shape)
+    if not holds_numbers(ids):
+        return ids
+    assert isinstance(labels, Tensor)
+    bad = (ids != IGNORE) & ((ids < 0) | (ids >= vocab))
     if bad.any():
         position = first_position(bad)
         raise ValueError(
             f"labels: expected token ids from 0 to {vocab - 1}, or {IGNORE} where there is no response token, "
             f"got {labels[position].item()} at position {list(position)}."
         )
+    return ids
 
 
 def check_bool(name: str, value: object, shape: tuple[int, ...]) -> None:
@@ -52,7 +73,7 @@ def check_bool(name: str, value: object, shape: tuple[int, ...]) -> None:
 
 
 def check_logits(name: str, logits: Tensor, labels: Tensor) -> None:
-    """Logits (..., V) are sound wherever `labels` (...) marks a response token.
+    """Logits (..., V) are sound wherever `labels` (...), int64, marks a response token.
 
     -inf is legal except at the target; NaN and +inf are not.
     """
@@ -61,7 +82,7 @@ def check_logits(name: str, logits: Tensor, labels: Tensor) -> None:
     if bad.any():
         position = first_position(bad)
         raise ValueError(f"{name}: expected finite values or -inf, got {logits[position].item()} at position {list(position)}.")
-    target = logits.gather(-1, labels.long().clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     bad = target.isneginf() & response
     if bad.any():
         raise ValueError(
@@ -83,7 +104,36 @@ def first_position(bad: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in bad.nonzero()[0])
 
 
-def check_positive(name: str, value: float, zero: bool = False) -> None:
-    """A hyper-parameter that is a positive number (or 0, if `zero`)."""
-    if not isinstance(value, (int, float)) or not (value > 0 or (zero and value == 0)):
-        raise ValueError(f"{name}: expected a {'non-negative' if zero else 'positive'} number, got {value!r}.")
+def check_number(name: str, value: object) -> float:
+    """A hyper-parameter that is a finite number; returns it as a float."""
+    if (number := _finite(value)) is None:
+        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}.")
+    return number
+
+
+def check_positive(name: str, value: object, zero: bool = False) -> float:
+    """A hyper-parameter that is a finite positive number (or 0, if `zero`); returns it as a float."""
+    number, kind = _finite(value), "non-negative" if zero else "positive"
+    if number is None:
+        raise ValueError(f"{name}: expected a finite {kind} number, got {_shown(value)}.")
+    if number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name}: expected a {kind} number, got {_shown(value)}.")
+    return number
+
+
+def check_reference_point(z0: object) -> float:
+    """KTO's z0: a finite number, or a tensor that holds one; returns it as a float, a constant for the gradient."""
+    if isinstance(z0, Tensor):
+        check_floating("z0", z0, ())
+        z0 = z0.item()
+    return check_number("z0", z0)
+
+
+def _finite(value: object) -> float | None:
+    """As a float, if it is a finite number (of NumPy's too); True and tensors are none."""
+    number = isinstance(value, NUMBER) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (int, float)) else describe(value)

@@ -5,10 +5,19 @@ Vectors are flat over response tokens. `response` (tokens,) says which response 
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from bnf_core._checks import IGNORE, check_floating, check_labels, check_positive, check_same_device, describe, first_position
+from bnf_core._checks import (
+    IGNORE,
+    check_floating,
+    check_labels,
+    check_positive,
+    check_same_device,
+    describe,
+    first_position,
+    wide,
+)
 
 __all__ = [
     "bin_shares",
@@ -25,7 +34,7 @@ __all__ = [
 def target_logits(
     hidden: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "vocab dim"],
-    labels: Int[Tensor, " tokens"],
+    labels: Integer[Tensor, " tokens"],
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     softcap: float | None = None,
@@ -45,8 +54,8 @@ def target_logits(
       bias, softcap, logit_scale: as for `linear_log_odds`.
 
     Returns:
-      float64 if the operands are, else float32, summed in that dtype from operands in their own (under autocast: rounded
-      to autocast's); 0 where the label is -100.
+      float64 if an operand is, else float32, summed in that dtype from operands in their own (under autocast: rounded to
+      autocast's, which leaves float64 alone); 0 where the label is -100. Infinite logits and NaN stay what they are.
 
     Raises:
       ValueError: wrong shape, dtype or device, or a label outside the vocabulary.
@@ -64,27 +73,26 @@ def target_logits(
             "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
-    check_labels(labels, (hidden.shape[0],), weight.shape[0])
+    labels = check_labels(labels, (hidden.shape[0],), weight.shape[0])
     if bias is not None:
         check_floating("bias", bias, (weight.shape[0],))
     check_same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
     if softcap is not None:
-        check_positive("softcap", softcap)
-    check_positive("logit_scale", logit_scale)
-    device = hidden.device.type
-    with_autocast = torch.is_autocast_enabled(device)
-    operand = torch.get_autocast_dtype(device) if with_autocast else torch.promote_types(hidden.dtype, weight.dtype)
-    wide = torch.float64 if operand == torch.float64 else torch.float32
-    ignored = labels == IGNORE
-    rows = labels.long().masked_fill(ignored, 0)
+        softcap = check_positive("softcap", softcap)
+    logit_scale = check_positive("logit_scale", logit_scale)
+    device, operand = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and operand != torch.float64:
+        operand = torch.get_autocast_dtype(device)
+    kept = (labels != IGNORE).nonzero().squeeze(-1)
+    rows = labels[kept]
     with torch.autocast(device, enabled=False):
-        z = (hidden.to(operand).to(wide) * weight.index_select(0, rows).to(operand).to(wide)).sum(-1)
+        z = (wide(hidden.index_select(0, kept).to(operand)) * wide(weight.index_select(0, rows).to(operand))).sum(-1)
         if bias is not None:
-            z = z + bias.index_select(0, rows).to(wide)
+            z = z + bias.index_select(0, rows).to(z.dtype)
         z = z * logit_scale
         if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-    return z.masked_fill(ignored, 0)
+            z = torch.where(z.isinf(), z, softcap * torch.tanh(z / softcap))  # tanh(inf) would be a sound logit
+    return z.new_zeros(len(labels)).index_copy(0, kept, z)
 
 
 def token_log_likelihood_shift(
@@ -215,12 +223,14 @@ def gini(values: Float[Tensor, " tokens"], response: Int[Tensor, " tokens"]) -> 
       tensor([0.0000, 0.7500])
     """
     check_floating("values", values)
+    if values.dim() != 1:
+        raise ValueError(f"values: expected shape (tokens,), got {describe(values)}.")
     bad = ~((values >= 0) & values.isfinite())
     if bad.any():
         at = first_position(bad)
         raise ValueError(f"values: expected finite numbers of at least 0, got {values[at].item()} at position {list(at)}.")
     lengths = _lengths(values, response)
-    response, x = response.long(), _wide(values)
+    response, x = response.long(), wide(values)
     # in units of the largest: equal values are exactly 1, and no sum overflows
     largest = x.new_zeros(len(lengths)).scatter_reduce(0, response, x, "amax")
     x = x / torch.where(largest > 0, largest, 1)[response]
@@ -255,9 +265,9 @@ def percentile_edges(values: Float[Tensor, " tokens"], bins: int = 10) -> Float[
       tensor([2., 4., 6., 8.])
     """
     _check_vector("values", values)
-    if bins < 1:
-        raise ValueError(f"bins: expected at least 1, got {bins}.")
-    ordered = _wide(values).sort().values
+    if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
+        raise ValueError(f"bins: expected a whole number of at least 1, got {bins!r}.")
+    ordered = wide(values).sort().values
     place = torch.arange(1, bins, device=values.device, dtype=torch.float64) * (len(ordered) - 1) / bins
     below = place.floor().long()
     above = (below + 1).clamp(max=len(ordered) - 1)
@@ -287,22 +297,25 @@ def bin_shares(values: Float[Tensor, " tokens"], edges: Float[Tensor, " edges"])
     """
     _check_vector("values", values)
     check_floating("edges", edges)
-    if edges.dim() != 1 or (edges.diff() < 0).any() or edges.isnan().any():
-        raise ValueError(f"edges: expected one ascending vector, got {edges.tolist()}.")
+    if edges.dim() != 1:
+        raise ValueError(f"edges: expected shape (edges,), got {describe(edges)}.")
+    if (bad := edges.isnan()).any():
+        raise ValueError(f"edges: expected numbers, got nan at position {list(first_position(bad))}.")
+    if (bad := edges.diff() < 0).any():
+        (at,) = first_position(bad)
+        raise ValueError(
+            f"edges: expected them ascending, got {edges[at + 1].item()} after {edges[at].item()} at position [{at + 1}]."
+        )
     check_same_device(values=values, edges=edges)
-    both = torch.promote_types(_wide(values).dtype, edges.dtype)
+    both = torch.promote_types(wide(values).dtype, edges.dtype)
     x, e = values.to(both), edges.to(both)
     first, last = torch.searchsorted(e, x), torch.searchsorted(e, x, right=True)  # equal but on an edge
     share = 1 / (last - first + 1).to(torch.float64)
     starts = share.new_zeros(len(e) + 2).index_add(0, first, share).index_add(0, last + 1, -share)
-    return (starts.cumsum(0)[:-1] / len(x)).to(_wide(values).dtype)
+    return (starts.cumsum(0)[:-1] / len(x)).to(wide(values).dtype)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _checked(name: str, values: Tensor, ref_values: Tensor, certain: bool = False) -> tuple[Tensor, Tensor]:
@@ -314,7 +327,7 @@ def _checked(name: str, values: Tensor, ref_values: Tensor, certain: bool = Fals
     check_same_device(**{name: values, f"ref_{name}": ref_values})
     for called, value in ((name, values), (f"ref_{name}", ref_values)):
         _check_finite(called, value, certain)
-    return _wide(values), _wide(ref_values)
+    return wide(values), wide(ref_values)
 
 
 def _check_finite(name: str, values: Tensor, certain: bool = False) -> None:
@@ -341,7 +354,7 @@ def _lengths(values: Tensor, response: Tensor) -> Tensor:
     if (bad := response < 0).any():
         at = first_position(bad)
         raise ValueError(f"response: expected indices from 0, got {response[at].item()} at position {list(at)}.")
-    lengths = response.bincount()
+    lengths = response.clamp(max=len(response)).bincount()  # an index beyond the tokens leaves a row empty as well
     if (empty := (lengths == 0).nonzero()).numel():
         raise ValueError(f"response: expected at least one token in every response, got none in row {int(empty[0])}.")
     return lengths

@@ -1,5 +1,6 @@
 """Which response each token belongs to, which responses are a pair, and their sequence log-likelihoods."""
 
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,14 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bnf_core._checks import check_bool, check_floating, check_same_device, describe
+from bnf_core._checks import check_floating, check_same_device, describe, first_position, wide
 
 __all__ = ["PairLogps", "TokenBatch", "pair_logps", "sequence_logps"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenBatch:
     """The response tokens of some responses, as flat vectors: no padding, no prompt, no vocabulary.
+
+    Two batches are equal only if they are one object: their tensors are not compared.
 
     Args:
       response: (tokens,) index of the response that each token belongs to, from 0 to responses - 1, in any order.
@@ -49,16 +52,21 @@ class TokenBatch:
                 raise ValueError(f"{name}: expected an int32 or int64 tensor, got {describe(value)}.")
         if self.response.dim() != 1:
             raise ValueError(f"response: expected shape (tokens,), got {describe(self.response)}.")
-        responses = self.preferred.shape[0] if isinstance(self.preferred, Tensor) and self.preferred.dim() else 0
-        check_bool("preferred", self.preferred, (responses,))
+        preferred: object = self.preferred
+        if not isinstance(preferred, Tensor) or preferred.dtype != torch.bool or preferred.dim() != 1:
+            raise ValueError(f"preferred: expected a bool tensor of shape (responses,), got {describe(preferred)}.")
+        responses = len(preferred)
         if self.pair is not None and tuple(self.pair.shape) != (responses,):
             raise ValueError(f"pair: expected shape {(responses,)}, one per response, got {describe(self.pair)}.")
         for name in ("ref_log_odds", "entropy"):
             if (value := getattr(self, name)) is not None:
                 check_floating(name, value, tuple(self.response.shape))
         check_same_device(**vars(self))
-        if self.response.numel() and not 0 <= int(self.response.min()) <= int(self.response.max()) < responses:
-            raise ValueError(f"response: expected indices from 0 to {responses - 1}, got {self.response.tolist()}.")
+        if (bad := (self.response < 0) | (self.response >= responses)).any():
+            (at,) = first_position(bad)
+            raise ValueError(
+                f"response: expected indices from 0 to {responses - 1}, got {int(self.response[at])} at position [{at}]."
+            )
         if (empty := (self.lengths == 0).nonzero()).numel():
             raise ValueError(f"response: expected at least one token in every response, got none in row {int(empty[0])}.")
 
@@ -77,12 +85,31 @@ class TokenBatch:
         return torch.where(self.preferred, 1.0, -1.0)
 
     def sum(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
-        """Sum over the tokens of each response."""
+        """Sum over the tokens of each response, in float32 at least."""
+        values = wide(values)
         return values.new_zeros(self.responses).index_add(0, self.response, values)
 
     def mean(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
-        """Mean over the tokens of each response."""
+        """Mean over the tokens of each response, in float32 at least."""
         return self.sum(values) / self.lengths
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TokenBatch":
+        """The same batch on another device.
+
+        Args:
+          device: as for `Tensor.to`.
+          non_blocking: do not wait for the copy, where it comes from pinned memory.
+
+        Example:
+          >>> import torch
+          >>> TokenBatch(torch.tensor([0, 0, 1]), torch.tensor([True, False])).to("cpu").lengths
+          tensor([2, 1])
+        """
+        moved = copy(self)  # without the checks, which would wait for the copy: what was sound stays so
+        for name, value in vars(self).items():
+            if value is not None:
+                vars(moved)[name] = value.to(device, non_blocking=non_blocking)
+        return moved
 
     def pairs(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
         """Rows of the preferred and of the dispreferred side of each pair, in order of the pair's id.
@@ -106,9 +133,12 @@ class TokenBatch:
             sides.append(rows[self.pair[rows].argsort()])
         chosen, rejected = (self.pair[rows] for rows in sides)
         if not torch.equal(chosen, rejected) or (chosen.diff() == 0).any():
+            ids, member = self.pair.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            counts = torch.stack([member[side].bincount(minlength=len(ids)) for side in (self.preferred, ~self.preferred)])
+            (at,) = first_position((counts != 1).any(0))
             raise ValueError(
                 "batch.pair: expected one preferred and one dispreferred response in each pair, "
-                f"got preferred in {chosen.tolist()} and dispreferred in {rejected.tolist()}."
+                f"pair {int(ids[at])} has {int(counts[0, at])} and {int(counts[1, at])}."
             )
         return sides[0], sides[1]
 
@@ -150,6 +180,9 @@ def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Flo
       log_odds: l of each response token. Differentiable.
       batch: which response each token belongs to.
 
+    Returns:
+      One number per response, float64 for float64 log-odds, else float32.
+
     Raises:
       ValueError: log_odds is not a floating-point tensor of the batch's tokens.
 
@@ -160,7 +193,7 @@ def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Flo
     """
     check_floating("log_odds", log_odds, tuple(batch.response.shape))
     check_same_device(log_odds=log_odds, response=batch.response)
-    return batch.sum(F.logsigmoid(log_odds))
+    return batch.sum(F.logsigmoid(wide(log_odds)))
 
 
 def pair_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> PairLogps:
@@ -171,6 +204,9 @@ def pair_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> PairLog
     Args:
       log_odds: l of each response token under the policy. Differentiable.
       batch: needs `pair`; `ref_log_odds` fills in the reference's side.
+
+    Returns:
+      Float64 for float64 log-odds, else float32.
 
     Raises:
       ValueError: wrong shape, dtype or device, or responses that are not in pairs of one label each.

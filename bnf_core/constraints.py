@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bnf_core._checks import check_bool, check_floating, check_positive
+from bnf_core._checks import check_bool, check_floating, check_number, check_positive, check_reference_point, wide
 from bnf_core.batch import PairLogps
 
 __all__ = [
@@ -57,7 +57,7 @@ def nll_pll_constraint(pairs: PairLogps) -> Constraint:
     References:
       Eq. 1 of the paper.
     """
-    _check(pairs)
+    pairs = _checked(pairs)
     return torch.ones_like(pairs.chosen), torch.ones_like(pairs.rejected)
 
 
@@ -89,8 +89,8 @@ def slic_hf_constraint(pairs: PairLogps, *, delta: float = 1.0, lambda_: float =
     References:
       Zhao et al. 2023.
     """
-    _check(pairs)
-    check_positive("lambda_", lambda_, zero=True)
+    pairs = _checked(pairs)
+    delta, lambda_ = check_number("delta", delta), check_positive("lambda_", lambda_, zero=True)
     hinge = (delta - pairs.chosen + pairs.rejected > 0).to(pairs.chosen.dtype)
     return hinge + lambda_, hinge
 
@@ -120,8 +120,8 @@ def dpo_constraint(pairs: PairLogps, *, beta: float = 0.1) -> Constraint:
     References:
       Rafailov et al. 2023.
     """
-    _check(pairs)
-    check_positive("beta", beta)
+    pairs = _checked(pairs)
+    beta = check_positive("beta", beta)
     r_w, r_l = pairs.log_ratios
     c = beta * torch.sigmoid(beta * (r_l - r_w))
     return c, c
@@ -152,8 +152,8 @@ def ipo_constraint(pairs: PairLogps, *, tau: float = 0.1) -> Constraint:
     References:
       Azar et al. 2023.
     """
-    _check(pairs)
-    check_positive("tau", tau)
+    pairs = _checked(pairs)
+    tau = check_positive("tau", tau)
     r_w, r_l = pairs.log_ratios
     c = 2 * (1 / (2 * tau) + r_l - r_w)
     return c, c
@@ -187,8 +187,8 @@ def simpo_constraint(pairs: PairLogps, *, beta: float = 2.0, gamma: float = 1.0)
     References:
       Meng et al. 2024.
     """
-    _check(pairs)
-    check_positive("beta", beta)
+    pairs = _checked(pairs)
+    beta, gamma = check_positive("beta", beta), check_number("gamma", gamma)
     mean_w, mean_l = pairs.means
     c = beta * torch.sigmoid(gamma + beta * (mean_l - mean_w))
     return c / pairs.chosen_lengths, c / pairs.rejected_lengths
@@ -220,8 +220,8 @@ def r_dpo_constraint(pairs: PairLogps, *, beta: float = 0.1, alpha: float = 0.05
     References:
       Park et al. 2024, eq. 9.
     """
-    _check(pairs)
-    check_positive("beta", beta)
+    pairs = _checked(pairs)
+    beta, alpha = check_positive("beta", beta), check_number("alpha", alpha)
     r_w, r_l = pairs.log_ratios
     c = beta * torch.sigmoid(-(beta * (r_w - r_l) + alpha * (pairs.chosen_lengths - pairs.rejected_lengths)))
     return c, c
@@ -232,6 +232,8 @@ def orpo_constraint(pairs: PairLogps, *, lambda_: float = 0.1) -> Constraint:
 
     C_w = (1 + lambda sigmoid(-h) / (1 - P_w)) / |y_w|,   C_l = lambda sigmoid(-h) / (1 - P_l) / |y_l|,
     h = log odds(P_w) - log odds(P_l),   P = e^m, the geometric mean likelihood per token.
+
+    Finite where a P rounds to 1: it counts as the last number before 1 that m can tell from it.
 
     Args:
       pairs: sequence log-likelihoods and lengths of the two sides, from either path.
@@ -253,9 +255,10 @@ def orpo_constraint(pairs: PairLogps, *, lambda_: float = 0.1) -> Constraint:
     References:
       Hong et al. 2024.
     """
-    _check(pairs)
-    check_positive("lambda_", lambda_, zero=True)
-    mean_w, mean_l = pairs.means
+    pairs = _checked(pairs)
+    lambda_ = check_positive("lambda_", lambda_, zero=True)
+    # a likelihood that rounds to 1 counts as the last number before it: C would be infinite, grad log pi is 0
+    mean_w, mean_l = (mean.clamp(max=-torch.finfo(mean.dtype).tiny) for mean in pairs.means)
     # sigmoid(-h) / (1 - P) in logs; with D = P_w (1 - P_l) + P_l (1 - P_w):  P_l / D  and  P_l (1 - P_w) / ((1 - P_l) D)
     miss_w, miss_l = torch.log(-torch.expm1(mean_w)), torch.log(-torch.expm1(mean_l))
     log_d = torch.logaddexp(mean_w + miss_l, mean_l + miss_w)
@@ -292,9 +295,8 @@ def dpop_constraint(pairs: PairLogps, *, beta: float = 0.3, lambda_: float = 50.
     References:
       Pal et al. 2024.
     """
-    _check(pairs)
-    check_positive("beta", beta)
-    check_positive("lambda_", lambda_, zero=True)
+    pairs = _checked(pairs)
+    beta, lambda_ = check_positive("beta", beta), check_positive("lambda_", lambda_, zero=True)
     r_w, r_l = pairs.log_ratios
     c = beta * torch.sigmoid(-beta * (r_w - r_l - lambda_ * torch.relu(-r_w)))
     return c * (1 + lambda_ * (r_w < 0).to(c.dtype)), c
@@ -307,7 +309,7 @@ def kto_constraint(
     beta: float = 0.1,
     lambda_d: float = 1.0,
     lambda_u: float = 1.0,
-    z0: float = 0.0,
+    z0: float | Float[Tensor, ""] = 0.0,
 ) -> Float[Tensor, " responses"]:
     """KTO's constraint, one per response: C_w where it is preferred, C_l where it is not.
 
@@ -336,20 +338,21 @@ def kto_constraint(
     """
     check_floating("log_ratio", log_ratio)
     check_bool("preferred", preferred, tuple(log_ratio.shape))
-    check_positive("beta", beta)
-    check_positive("lambda_d", lambda_d, zero=True)
-    check_positive("lambda_u", lambda_u, zero=True)
-    x = beta * (log_ratio - max(z0, 0.0))
+    beta, z0 = check_positive("beta", beta), check_reference_point(z0)
+    lambda_d, lambda_u = check_positive("lambda_d", lambda_d, zero=True), check_positive("lambda_u", lambda_u, zero=True)
+    x = beta * (wide(log_ratio) - max(z0, 0.0))
     weight = torch.where(preferred, x.new_tensor(lambda_d), x.new_tensor(lambda_u))
     return beta * weight * torch.sigmoid(x) * torch.sigmoid(-x)
 
 
-def _check(pairs: PairLogps) -> None:
+def _checked(pairs: PairLogps) -> PairLogps:
+    """In float32 at least, after the checks."""
     if not isinstance(pairs, PairLogps):
         raise ValueError(f"pairs: expected a PairLogps (see bnf_core.pair_logps), got {type(pairs).__name__}.")
     for name, value in pairs._asdict().items():
         if value is not None:
             check_floating(f"pairs.{name}", value, tuple(pairs.chosen.shape))
+    return PairLogps._make(None if value is None else wide(value) for value in pairs)
 
 
 # by the name of the objective, for pairs

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bnf_core._checks import IGNORE, check_floating
@@ -16,7 +16,7 @@ __all__ = ["linear_bnf_loss", "weighted_nll"]
 def linear_bnf_loss(
     hidden: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "vocab dim"],
-    labels: Int[Tensor, " tokens"],
+    labels: Integer[Tensor, " tokens"],
     ref_log_odds: Float[Tensor, " tokens"],
     coefficient: Float[Tensor, " tokens"],
     *,

@@ -11,19 +11,23 @@ formulas, never the value: a probability and its complement come from the log-od
 so that neither loses its digits where the other rounds to 1.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from bnf_core._checks import (
     IGNORE,
+    NUMBER,
     check_bool,
     check_floating,
     check_labels,
     check_logits,
     check_probability,
     check_same_device,
+    describe,
 )
 
 __all__ = [
@@ -39,7 +43,7 @@ __all__ = [
 ]
 
 
-def one_hot_target(logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch vocab"]:
+def one_hot_target(logits: Float[Tensor, "*batch vocab"], labels: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch vocab"]:
     """Log-likelihood target distribution (eq. 5).
 
     f_LL(y, j) = 1 where j = y, else 0.
@@ -60,7 +64,7 @@ def one_hot_target(logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*
       tensor([[0., 1., 0.],
               [0., 0., 0.]])
     """
-    _check(labels, logits=logits)
+    labels = _check(labels, logits=logits)
     target = torch.zeros_like(logits, dtype=_accumulate(logits))
     return target.scatter(-1, _index(labels), (labels != IGNORE).to(target.dtype).unsqueeze(-1))
 
@@ -68,7 +72,7 @@ def one_hot_target(logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*
 def dynamic_target(
     logits: Float[Tensor, "*batch vocab"],
     ref_logits: Float[Tensor, "*batch vocab"],
-    labels: Int[Tensor, "*batch"],
+    labels: Integer[Tensor, "*batch"],
 ) -> Float[Tensor, "*batch vocab"]:
     """Dynamic target distribution, DTD (eq. 6), a constant for the gradient.
 
@@ -93,7 +97,7 @@ def dynamic_target(
       >>> dynamic_target(policy.log(), reference.log(), torch.tensor([0]))
       tensor([[0.4000, 0.3000, 0.3000]])
     """
-    _check(labels, logits=logits, ref_logits=ref_logits)
+    labels = _check(labels, logits=logits, ref_logits=ref_logits)
     rows, z, z_ref, y = _response_rows(logits.detach(), ref_logits.detach(), labels)
     target = torch.zeros_like(logits, dtype=z.dtype, requires_grad=False)
     target[rows] = _dynamic_target(z, z_ref, y)
@@ -103,7 +107,7 @@ def dynamic_target(
 def mixture_target(
     logits: Float[Tensor, "*batch vocab"],
     ref_logits: Float[Tensor, "*batch vocab"],
-    labels: Int[Tensor, "*batch"],
+    labels: Integer[Tensor, "*batch"],
 ) -> Float[Tensor, "*batch vocab"]:
     """Dynamic target distribution in mixture form (theorem T1), a constant for the gradient.
 
@@ -131,7 +135,7 @@ def mixture_target(
     References:
       Reed et al. 2015, Training deep neural networks on noisy labels with bootstrapping.
     """
-    _check(labels, logits=logits, ref_logits=ref_logits)
+    labels = _check(labels, logits=logits, ref_logits=ref_logits)
     rows, z, z_ref, y = _response_rows(logits.detach(), ref_logits.detach(), labels)
     log_odds, _ = _split_target(z, y)
     ref_log_odds, _ = _split_target(z_ref, y)
@@ -145,7 +149,7 @@ def mixture_target(
 def bnf_loss(
     logits: Float[Tensor, "sequences positions vocab"],
     ref_logits: Float[Tensor, "sequences positions vocab"],
-    labels: Int[Tensor, "sequences positions"],
+    labels: Integer[Tensor, "sequences positions"],
     preferred: Bool[Tensor, " sequences"],
 ) -> Float[Tensor, ""]:
     """BNF loss (eq. 4), in nats: cross-entropy to the dynamic target, length-normalised, mean over responses.
@@ -174,7 +178,7 @@ def bnf_loss(
       >>> bnf_loss(z, z, torch.tensor([[3, 0]]), torch.tensor([True]))
       tensor(1.3863)
     """
-    lengths, sign = _check_responses(logits, ref_logits, labels, preferred)
+    labels, lengths, sign = _check_responses(logits, ref_logits, labels, preferred)
     rows, z, z_ref, y = _response_rows(logits, ref_logits.detach(), labels)
     f = _dynamic_target(z.detach(), z_ref, y)
     log_pi = _log_probabilities(z, y)
@@ -186,7 +190,7 @@ def bnf_loss(
 def bnf_logit_gradient(
     logits: Float[Tensor, "sequences positions vocab"],
     ref_logits: Float[Tensor, "sequences positions vocab"],
-    labels: Int[Tensor, "sequences positions"],
+    labels: Integer[Tensor, "sequences positions"],
     preferred: Bool[Tensor, " sequences"],
 ) -> Float[Tensor, "sequences positions vocab"]:
     """Closed-form gradient of `bnf_loss` with respect to the policy's logits (eq. 8).
@@ -211,7 +215,7 @@ def bnf_logit_gradient(
       >>> bnf_logit_gradient(z, z, torch.tensor([[3]]), torch.tensor([False]))
       tensor([[[-0.2500, -0.2500, -0.2500,  0.7500]]])
     """
-    lengths, sign = _check_responses(logits, ref_logits, labels, preferred)
+    labels, lengths, sign = _check_responses(logits, ref_logits, labels, preferred)
     rows, z, z_ref, y = _response_rows(logits.detach(), ref_logits.detach(), labels)
     log_odds, q = _split_target(z, y)
     ref_log_odds, _ = _split_target(z_ref, y)
@@ -276,7 +280,7 @@ def nll_feedback(p: Float[Tensor, "..."] | float) -> Float[Tensor, "..."]:
 
 
 def sequence_logps(
-    logits: Float[Tensor, "sequences positions vocab"], labels: Int[Tensor, "sequences positions"]
+    logits: Float[Tensor, "sequences positions vocab"], labels: Integer[Tensor, "sequences positions"]
 ) -> Float[Tensor, " sequences"]:
     """Log-likelihood of each response, log pi(y) = sum_t log pi_t(y_t), in nats.
 
@@ -295,8 +299,11 @@ def sequence_logps(
       >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 1, 2]]))  # 2 log(1/4)
       tensor([-2.7726])
     """
-    everything = torch.ones(logits.shape[:1], dtype=torch.bool, device=logits.device)
-    _check_responses(logits, logits.detach(), labels, everything)
+    labels, _, _ = _check_responses(logits, logits, labels)
+    return _sequence_logps(logits, labels)
+
+
+def _sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     rows, z, _, y = _response_rows(logits, logits.detach(), labels)
     logps = _log_probabilities(z, y).gather(-1, y.unsqueeze(-1)).squeeze(-1)
     return logps.new_zeros(len(labels)).index_add(0, rows[0], logps)
@@ -305,7 +312,7 @@ def sequence_logps(
 def pair_logps(
     logits: Float[Tensor, "sequences positions vocab"],
     ref_logits: Float[Tensor, "sequences positions vocab"],
-    labels: Int[Tensor, "sequences positions"],
+    labels: Integer[Tensor, "sequences positions"],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What table 2's constraints need of each pair, from full logits: `bnf_core.PairLogps(*pair_logps(...))`.
 
@@ -328,10 +335,10 @@ def pair_logps(
       >>> pair_logps(z, z, torch.tensor([[1, 2], [3, -100]]))[:2]
       (tensor([-2.7726]), tensor([-1.3863]))
     """
-    policy, ref = sequence_logps(logits, labels), sequence_logps(ref_logits.detach(), labels)
+    labels, lengths, _ = _check_responses(logits, ref_logits, labels)
     if len(labels) % 2:
         raise ValueError(f"labels: expected preferred and dispreferred halves, got {len(labels)} sequences.")
-    lengths = (labels != IGNORE).sum(-1).to(policy.dtype)
+    policy, ref = _sequence_logps(logits, labels), _sequence_logps(ref_logits.detach(), labels)
     half = len(labels) // 2
     return policy[:half], policy[half:], ref[:half], ref[half:], lengths[:half], lengths[half:]
 
@@ -370,7 +377,7 @@ def _response_rows(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple[
     """Where the response tokens are, and policy logits, reference logits and target there, at least in float32."""
     rows = (labels != IGNORE).nonzero(as_tuple=True)
     dtype = _accumulate(logits)
-    return rows, logits[rows].to(dtype), ref_logits[rows].to(dtype), labels[rows].long()
+    return rows, logits[rows].to(dtype), ref_logits[rows].to(dtype), labels[rows]
 
 
 def _accumulate(logits: Tensor) -> torch.dtype:
@@ -378,38 +385,51 @@ def _accumulate(logits: Tensor) -> torch.dtype:
 
 
 def _index(labels: Tensor) -> Tensor:
-    return labels.long().clamp(min=0).unsqueeze(-1)
+    return labels.clamp(min=0).unsqueeze(-1)
 
 
-def _probabilities(**values: Tensor | float) -> tuple[Tensor, ...]:
-    like = next((v for v in values.values() if isinstance(v, Tensor)), torch.empty(0, dtype=torch.float64))
-    tensors = tuple(torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values.values())
+def _probabilities(**values: object) -> tuple[Tensor, ...]:
+    """All in one dtype: the widest of the tensors', float32 at least; float64 where all are numbers."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            check_floating(name, value)
+        elif not isinstance(value, NUMBER):
+            raise ValueError(f"{name}: expected a number or a floating-point tensor, got {describe(value)}.")
+    given = [value for value in values.values() if isinstance(value, Tensor)]
+    dtype = reduce(torch.promote_types, (x.dtype for x in given), torch.float32) if given else torch.float64
+    device = given[0].device if given else None
+    tensors = tuple(torch.as_tensor(value, dtype=dtype, device=device) for value in values.values())
     for name, tensor in zip(values, tensors, strict=True):
-        check_floating(name, tensor)
         check_probability(name, tensor)
     return tensors
 
 
-def _check(labels: Tensor, **logits: Tensor) -> None:
+def _check(labels: Tensor, **logits: Tensor) -> Tensor:
+    """The labels as int64, after the checks."""
     first = next(iter(logits.values()))
     for name, value in logits.items():
         check_floating(name, value)
         if value.dim() < 1 or value.shape[-1] < 1:
             raise ValueError(f"{name}: expected shape (..., vocab) with at least one token, got {tuple(value.shape)}.")
         check_floating(name, value, tuple(first.shape))
-    check_labels(labels, tuple(first.shape[:-1]), first.shape[-1])
+    labels = check_labels(labels, tuple(first.shape[:-1]), first.shape[-1])
     check_same_device(labels=labels, **logits)
     for name, value in logits.items():
         check_logits(name, value, labels)
+    return labels
 
 
-def _check_responses(logits: Tensor, ref_logits: Tensor, labels: Tensor, preferred: Tensor) -> tuple[Tensor, Tensor]:
-    """Length |y| and sign s of each response, after the checks."""
+def _check_responses(
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, preferred: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The labels as int64, length |y| and sign s of each response (1 where none says), after the checks."""
     check_floating("logits", logits)
     if logits.dim() != 3:
         raise ValueError(f"logits: expected shape (sequences, positions, vocab), got {tuple(logits.shape)}.")
-    _check(labels, logits=logits, ref_logits=ref_logits)
-    check_bool("preferred", preferred, (logits.shape[0],))
+    labels = _check(labels, logits=logits, ref_logits=ref_logits)
+    if preferred is None:
+        preferred = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    check_bool("preferred", preferred, (len(labels),))
     check_same_device(logits=logits, preferred=preferred)
     lengths = (labels != IGNORE).sum(-1)
     if len(lengths) == 0:
@@ -418,4 +438,4 @@ def _check_responses(logits: Tensor, ref_logits: Tensor, labels: Tensor, preferr
         row = int((lengths == 0).nonzero()[0])
         raise ValueError(f"labels: expected at least one response token in every row, got none in row {row}.")
     dtype = _accumulate(logits)
-    return lengths.to(dtype), torch.where(preferred, 1.0, -1.0).to(dtype)
+    return labels, lengths.to(dtype), torch.where(preferred, 1.0, -1.0).to(dtype)

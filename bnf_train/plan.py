@@ -261,7 +261,7 @@ def optimizer_bytes(trainable: int, strategy: str, gpus: int, optim: str) -> int
     return each * trainable // (1 if strategy == "DDP" else gpus)
 
 
-def head_bytes(size: ModelSize, tokens: int, device: str, bf16: bool, width: int = 4, frozen: bool = False) -> int:
+def head_bytes(vocab: int, dim: int, tokens: int, device: str, bf16: bool, width: int = 4, frozen: bool = False) -> int:
     """What the head says it will hold beyond gradients, for the response tokens of a micro-batch (`bnf_core.head_workspace`)."""
     import torch
 
@@ -269,11 +269,8 @@ def head_bytes(size: ModelSize, tokens: int, device: str, bf16: bool, width: int
 
     narrow = torch.bfloat16 if bf16 else torch.float32
     weight = torch.float32 if width == 4 else torch.bfloat16
-    dim, gpu = size.head // size.vocab, device != "cpu"
-    pieces = head_workspace(
-        tokens, dim, size.vocab, hidden_dtype=narrow, weight_dtype=weight, compute=narrow, gpu=gpu, frozen=frozen
-    )
-    return sum(pieces.values())
+    options: dict[str, Any] = {"hidden_dtype": narrow, "weight_dtype": weight, "compute": narrow}
+    return sum(head_workspace(tokens, dim, vocab, gpu=device != "cpu", frozen=frozen, **options).values())
 
 
 def rows_bytes(tokens: int) -> int:
@@ -329,8 +326,7 @@ def trace(
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
             after_forward = live.now
             hidden = hidden.flatten(0, 1).index_select(0, places)
-            width = weight.element_size()
-            chunk = head_bytes(ModelSize.of_head(weight), len(places), "cpu", bf16, width)
+            chunk = head_bytes(*weight.shape, len(places), "cpu", bf16, weight.element_size())
             loss = _head_allocations().apply(hidden, weight, chunk)
         del hidden
         loss.backward()
@@ -382,9 +378,8 @@ def _head_allocations() -> Any:
         @staticmethod
         def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
             held = torch.empty(chunk, dtype=torch.uint8)
-            gradient = torch.empty_like(weight, dtype=torch.float32)
+            ctx.gradients = torch.empty_like(hidden), torch.empty_like(weight)
             del held
-            ctx.gradients = torch.empty_like(hidden), gradient.to(weight.dtype)
             return hidden.new_zeros(())
 
         @staticmethod
@@ -500,16 +495,16 @@ def plan(config: "BNFConfig", flags: argparse.Namespace) -> dict[str, Any]:
         # what the worst moment holds beside weights, optimizer and all gradients: copies, head, and the rest
         traced = traces[on, device]
         beyond = traced.after_forward if lora else traced.most - (0 if accumulating[device] else width * size.total)
-        chunk = {name: head_chunk(labels[device], size.vocab, name, bf16) for name in HEAD_CHUNK}
+        head = size.vocab, size.head // size.vocab, labels[device]
         held = {"bf16 copies": copies}
-        held["head"] = 0 if lora else head_bytes(size, False, "cpu", chunk["cpu"])
+        held["head"] = 0 if lora else width * size.head + head_bytes(*head, "cpu", bf16, width)
         for name in held:
             held[name] = min(held[name], beyond)
             beyond = max(beyond - held[name], 0)
         if lora:
-            held["head"] = head_bytes(size, True, device, 0)
+            held["head"] = head_bytes(*head, device, bf16, width, frozen=True)
         elif device != "cpu":
-            held["head"] += chunk[device] - chunk["cpu"]
+            held["head"] += head_bytes(*head, device, bf16, width) - head_bytes(*head, "cpu", bf16, width)
         terms = {
             "base": base,
             "weights": weight_bytes(size, strategy, gpus, width) + (4 * size.lora if lora else 0),

@@ -78,6 +78,18 @@ def bnf_logit_gradient(logits: Tensor, ref_logits: Tensor, labels: Tensor, prefe
     return flat
 
 
+def orpo(chosen: Tensor, rejected: Tensor, lambda_: float) -> tuple[mp.mpf, list[mp.mpf]]:
+    """ORPO's loss of one pair from its tokens' log-odds, and the derivative by each of them, the chosen side's first."""
+    with mp.workdps(520):  # 1 - 1 / (1 + e^-1040) has 451 zeros
+        miss = [[1 / (1 + mp.exp(mp.mpf(x))) for x in side.tolist()] for side in (chosen, rejected)]
+        m_w, m_l = (mp.fsum(mp.log1p(-p) for p in side) / len(side) for side in miss)
+        h = m_w - mp.log(-mp.expm1(m_w)) - m_l + mp.log(-mp.expm1(m_l))
+        wrong = 1 / (1 + mp.exp(h))
+        c_w = (1 + lambda_ * wrong / -mp.expm1(m_w)) / len(chosen)
+        c_l = lambda_ * wrong / -mp.expm1(m_l) / len(rejected)
+        return -m_w + lambda_ * mp.log1p(mp.exp(-h)), [-c_w * p for p in miss[0]] + [c_l * p for p in miss[1]]
+
+
 def to_tensor(values: list[mp.mpf], like: Tensor) -> Tensor:
     """Exact values rounded once, to float64."""
     return torch.tensor([float(v) for v in values], dtype=torch.float64).reshape(like.shape)

@@ -5,10 +5,19 @@ import os
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bnf_core._checks import IGNORE, check_floating, check_label_shape, check_labels, check_positive, check_same_device, describe
+from bnf_core._checks import (
+    IGNORE,
+    check_floating,
+    check_labels,
+    check_positive,
+    check_same_device,
+    describe,
+    holds_numbers,
+    label_ids,
+)
 from bnf_core.head.autograd import FOLDS, TOKEN_LOSSES, ClosureLoss, log_odds_op, token_loss_op
 from bnf_core.head.closure import TokenLoss
 from bnf_core.head.layout import layout
@@ -29,7 +38,7 @@ def triton_runs_on(device: torch.device) -> bool:
 def linear_log_odds(
     hidden: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "vocab dim"],
-    labels: Int[Tensor, " tokens"],
+    labels: Integer[Tensor, " tokens"],
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     softcap: float | None = None,
@@ -76,8 +85,7 @@ def linear_log_odds(
       >>> log_odds  # logits (2, 1, 1): 2 - log(2e)
       tensor([0.3069])
     """
-    options, name = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
-    labels = labels.long()
+    options, name, labels = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
     if name == "naive":
         kept, (hidden, targets) = _chosen(labels, len(weight), hidden, labels)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -90,7 +98,7 @@ def linear_log_odds(
 def linear_token_loss(
     hidden: Float[Tensor, "tokens dim"],
     weight: Float[Tensor, "vocab dim"],
-    labels: Int[Tensor, " tokens"],
+    labels: Integer[Tensor, " tokens"],
     token_loss: TokenLoss,
     *per_token: Tensor,
     bias: Float[Tensor, " vocab"] | None = None,
@@ -134,12 +142,12 @@ def linear_token_loss(
       >>> loss.detach(), hidden.grad  # sum_j (pi_j - 1[j = y]) w_j
       (tensor(0.5514), tensor([[-0.4239,  0.0000]]))
     """
-    options, name = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
+    options, name, labels = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
     for i, values in enumerate(per_token):
         if not isinstance(values, Tensor) or values.dim() < 1 or len(values) != len(labels):
             raise ValueError(f"per_token[{i}]: expected a tensor of {len(labels)} entries, got {describe(values)}.")
     check_same_device(hidden=hidden, **{f"per_token[{i}]": values for i, values in enumerate(per_token)})
-    labels, constants = labels.long(), [values.detach() for values in per_token]
+    constants = [values.detach() for values in per_token]
     if name == "naive":
         kept, (hidden, targets, *constants) = _chosen(labels, len(weight), hidden, labels, *constants)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -157,7 +165,7 @@ def linear_token_loss(
 
 @torch.compiler.disable(reason="linear_token_loss calls a function of yours on some tokens at a time; it is not traced.")  # type: ignore[misc]
 def _with_closure(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    if hidden.is_meta or type(hidden).__name__ == "FakeTensor":
+    if not holds_numbers(hidden):
         raise RuntimeError("linear_token_loss: expected tensors that hold numbers, for a loss that is a function of yours.")
     results: tuple[Tensor, ...] = ClosureLoss.apply(hidden, *arguments)  # type: ignore[no-untyped-call]
     return results
@@ -170,9 +178,9 @@ def _plain(options: HeadOptions) -> tuple[float | None, float, torch.dtype, int 
 
 def _chosen(labels: Tensor, vocab: int, *values: Tensor) -> tuple[Tensor | None, list[Tensor]]:
     """The response tokens' entries, and where they are; None: everywhere (a traced call leaves all in place)."""
-    if torch.compiler.is_compiling() or labels.is_meta or type(labels).__name__ == "FakeTensor":
-        return None, list(values)
     check_labels(labels, tuple(labels.shape), vocab)
+    if not holds_numbers(labels):
+        return None, list(values)
     kept = (labels != IGNORE).nonzero().squeeze(-1)
     return kept, [x.index_select(0, kept) for x in values]
 
@@ -241,7 +249,7 @@ def _checked(
     implementation: str,
     chunk_size: int | None,
     exact: bool,
-) -> tuple[HeadOptions, str]:
+) -> tuple[HeadOptions, str, Tensor]:
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
@@ -249,13 +257,12 @@ def _checked(
             "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
-    check_label_shape(labels, (hidden.shape[0],))
+    ids = label_ids(labels, (hidden.shape[0],))
     if bias is not None:
         check_floating("bias", bias, (weight.shape[0],))
     check_same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-    check_positive("logit_scale", logit_scale)
+    softcap = None if softcap is None else check_positive("softcap", softcap)
+    logit_scale = check_positive("logit_scale", logit_scale)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 token, got {chunk_size}.")
     if implementation not in ("auto", *IMPLEMENTATIONS):
@@ -265,4 +272,4 @@ def _checked(
     compute = torch.promote_types(hidden.dtype, weight.dtype)
     if compute != torch.float64 and torch.is_autocast_enabled(hidden.device.type):  # autocast leaves float64 alone
         compute = torch.get_autocast_dtype(hidden.device.type)
-    return HeadOptions(softcap, logit_scale, compute, chunk_size, exact), implementation
+    return HeadOptions(softcap, logit_scale, compute, chunk_size, exact), implementation, ids

@@ -138,7 +138,10 @@ def _(
     coefficient: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     wanted = options[-1]
-    found = (torch.empty_like(x) if w and x is not None else hidden.new_empty(0) for w, x in zip(wanted, (hidden, weight, bias), strict=True))
+    found = (
+        torch.empty_like(x) if w and x is not None else hidden.new_empty(0)
+        for w, x in zip(wanted, (hidden, weight, bias), strict=True)
+    )
     return tuple(found)  # type: ignore[return-value]
 
 

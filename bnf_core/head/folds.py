@@ -102,9 +102,7 @@ def _places(tile: Tensor, labels: Tensor, start: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, tile.shape[1] - 1).unsqueeze(1), (local >= 0) & (local < tile.shape[1])
 
 
-def _eager(
-    tile: Tile, rows: Rows, bias: Tensor | None, start: int, options: HeadOptions, sums: bool, with_mean: bool
-) -> None:
+def _eager(tile: Tile, rows: Rows, bias: Tensor | None, start: int, options: HeadOptions, sums: bool, with_mean: bool) -> None:
     take_targets(tile.raw, rows, bias, start, options)
     _exponentials(tile, rows, bias, options, sums, with_mean)
     _finish_targets(tile, rows, start, options, sums)

@@ -1,9 +1,8 @@
 """The log-odds head with all logits in memory: the one to read, and the oracle of the others."""
 
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bnf_core._checks import IGNORE, check_floating, check_labels, check_same_device
@@ -14,7 +13,7 @@ __all__ = ["log_odds_naive", "token_log_odds", "token_loss_naive"]
 
 
 def token_log_odds(
-    logits: Float[Tensor, "*batch vocab"], labels: Int[Tensor, "*batch"]
+    logits: Float[Tensor, "*batch vocab"], labels: Integer[Tensor, "*batch"]
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Log-odds of the target token, and the entropy, from full logits.
 
@@ -43,10 +42,9 @@ def token_log_odds(
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits: expected shape (..., vocab) with at least one token, got {tuple(logits.shape)}.")
-    check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1])
+    labels = check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1])
     check_same_device(logits=logits, labels=labels)
     z = logits if logits.dtype == torch.float64 else logits.float()
-    labels = labels.long()
     ignored = labels == IGNORE
     target = labels.masked_fill(ignored, 0).unsqueeze(-1)
 

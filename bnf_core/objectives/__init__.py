@@ -1,4 +1,7 @@
-"""Objectives: pure functions (log_odds, batch) -> loss per response or pair. They see no vocabulary and no model."""
+"""Objectives: pure functions (log_odds, batch) -> loss per response or pair. They see no vocabulary and no model.
+
+Losses are float64 for float64 log-odds, else float32, whatever narrower dtype those come in; gradients are in theirs.
+"""
 
 from collections.abc import Callable
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_same_device
+from bnf_core._checks import check_floating, check_same_device, wide
 from bnf_core.batch import TokenBatch
 
 __all__ = ["bnf", "bnf_binary", "bnf_target", "bnf_weight"]
@@ -24,7 +24,8 @@ def bnf_weight(log_odds: Float[Tensor, "..."], ref_log_odds: Float[Tensor, "..."
       ref_log_odds: l under the reference, same shape.
 
     Returns:
-      w in [0, 1], detached; 1 where both are the same, infinities included. NaN stays NaN.
+      w in [0, 1], detached, float64 if an operand is, else float32; 1 where both are the same, infinities included.
+      NaN stays NaN.
 
     Raises:
       ValueError: wrong shape, dtype or device.
@@ -51,7 +52,7 @@ def bnf_target(log_odds: Float[Tensor, "..."], ref_log_odds: Float[Tensor, "..."
       ref_log_odds: l under the reference, same shape.
 
     Returns:
-      f_y in [0, 1], detached. NaN stays NaN.
+      f_y in [0, 1], detached, float64 if an operand is, else float32. NaN stays NaN.
 
     Raises:
       ValueError: wrong shape, dtype or device.
@@ -94,7 +95,8 @@ def bnf(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor, 
       >>> log_odds.grad
       tensor([-0.2500, -0.2500,  0.5000])
     """
-    w = bnf_weight(log_odds, _reference(log_odds, batch))
+    log_odds, ref_log_odds = _with_reference(log_odds, batch)
+    w = bnf_weight(log_odds, ref_log_odds)
     loss = -w * F.logsigmoid(log_odds)
     if batch.entropy is not None:
         loss = loss + (1 - w) * batch.entropy.detach().to(log_odds.dtype)
@@ -126,7 +128,8 @@ def bnf_binary(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[T
       >>> log_odds.grad
       tensor([-0.2500, -0.2500,  0.5000])
     """
-    log_f_y = _log_target(log_odds.detach(), _reference(log_odds, batch).detach())
+    log_odds, ref_log_odds = _with_reference(log_odds, batch)
+    log_f_y = _log_target(log_odds.detach(), ref_log_odds)
     miss = -torch.expm1(log_f_y)  # 1 - f_y, with every digit
     # where the target is certain, l = inf, the second term is 0 times infinity
     loss = -log_f_y.exp() * F.logsigmoid(log_odds) - torch.where(miss > 0, miss * F.logsigmoid(-log_odds), 0)
@@ -141,11 +144,14 @@ def _constants(log_odds: Tensor, ref_log_odds: Tensor) -> tuple[Tensor, Tensor]:
     check_floating("log_odds", log_odds)
     check_floating("ref_log_odds", ref_log_odds, tuple(log_odds.shape))
     check_same_device(log_odds=log_odds, ref_log_odds=ref_log_odds)
-    return log_odds.detach(), ref_log_odds.detach()
+    return wide(log_odds.detach()), wide(ref_log_odds.detach())
 
 
-def _reference(log_odds: Tensor, batch: TokenBatch) -> Tensor:
+def _with_reference(log_odds: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that the loss is computed in, the reference's a constant."""
     check_floating("log_odds", log_odds, tuple(batch.response.shape))
     if batch.ref_log_odds is None:
         raise ValueError("batch.ref_log_odds: expected the log-odds of the reference for BNF, got None.")
-    return batch.ref_log_odds.to(log_odds.dtype)
+    check_same_device(log_odds=log_odds, ref_log_odds=batch.ref_log_odds)
+    log_odds = wide(log_odds)
+    return log_odds, batch.ref_log_odds.detach().to(log_odds.dtype)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_same_device
+from bnf_core._checks import check_floating, check_same_device, wide
 from bnf_core.batch import TokenBatch, pair_logps
 
 __all__ = ["log_likelihood", "nll_pll"]
@@ -35,6 +35,7 @@ def log_likelihood(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Flo
     """
     check_floating("log_odds", log_odds, tuple(batch.response.shape))
     check_same_device(log_odds=log_odds, response=batch.response)
+    log_odds = wide(log_odds)
     return -batch.sign.to(log_odds.dtype) * batch.mean(F.logsigmoid(log_odds))
 
 

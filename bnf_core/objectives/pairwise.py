@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_positive
+from bnf_core._checks import check_number, check_positive, wide
 from bnf_core.batch import TokenBatch, pair_logps
 from bnf_core.objectives.bnf import bnf
 
@@ -48,7 +48,7 @@ def slic_hf(
     References:
       Zhao et al. 2023, SLiC-HF: sequence likelihood calibration with human feedback.
     """
-    check_positive("lambda_", lambda_, zero=True)
+    delta, lambda_ = check_number("delta", delta), check_positive("lambda_", lambda_, zero=True)
     pairs = pair_logps(log_odds, batch)
     return F.relu(delta - pairs.chosen + pairs.rejected) - lambda_ * pairs.chosen
 
@@ -80,7 +80,7 @@ def dpo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, beta: float = 
     References:
       Rafailov et al. 2023, Direct preference optimization.
     """
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return -F.logsigmoid(beta * (r_w - r_l))
 
@@ -112,7 +112,7 @@ def ipo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, tau: float = 0
     References:
       Azar et al. 2023, A general theoretical paradigm to understand learning from human preferences.
     """
-    check_positive("tau", tau)
+    tau = check_positive("tau", tau)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return (r_w - r_l - 1 / (2 * tau)).square()
 
@@ -147,7 +147,7 @@ def simpo(
     References:
       Meng et al. 2024, SimPO: simple preference optimization with a reference-free reward.
     """
-    check_positive("beta", beta)
+    beta, gamma = check_positive("beta", beta), check_number("gamma", gamma)
     mean_w, mean_l = pair_logps(log_odds, batch).means
     return -F.logsigmoid(beta * (mean_w - mean_l) - gamma)
 
@@ -182,7 +182,7 @@ def r_dpo(
     References:
       Park et al. 2024, Disentangling length from quality in direct preference optimization, eq. 9.
     """
-    check_positive("beta", beta)
+    beta, alpha = check_positive("beta", beta), check_number("alpha", alpha)
     pairs = pair_logps(log_odds, batch)
     r_w, r_l = pairs.log_ratios
     return -F.logsigmoid(beta * (r_w - r_l) + alpha * (pairs.chosen_lengths - pairs.rejected_lengths))
@@ -192,6 +192,9 @@ def orpo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, lambda_: floa
     """ORPO: odds-ratio preference optimization, without a reference, in nats.
 
     -m_w - lambda log sigmoid(log odds(e^m_w) - log odds(e^m_l)),   log odds(P) = log P - log(1 - P).
+
+    The odds keep their digits where P rounds to 1. A response that is certain, all l = inf, counts as one of very large
+    but finite odds, and its gradient is 0.
 
     Args:
       log_odds: l of each response token under the policy. Differentiable.
@@ -215,10 +218,11 @@ def orpo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, lambda_: floa
     References:
       Hong et al. 2024, ORPO: monolithic preference optimization without reference model.
     """
-    check_positive("lambda_", lambda_, zero=True)
-    mean_w, mean_l = pair_logps(log_odds, batch).means
-    log_odds_ratio = (mean_w - log1mexp(mean_w)) - (mean_l - log1mexp(mean_l))
-    return -mean_w - lambda_ * F.logsigmoid(log_odds_ratio)
+    lambda_ = check_positive("lambda_", lambda_, zero=True)
+    chosen, rejected = batch.pairs()
+    mean_w, _ = pair_logps(log_odds, batch).means
+    odds = _log_odds_of_mean(log_odds, batch)
+    return -mean_w - lambda_ * F.logsigmoid(odds[chosen] - odds[rejected])
 
 
 def dpop(
@@ -253,8 +257,7 @@ def dpop(
     References:
       Pal et al. 2024, Smaug: fixing failure modes of preference optimisation with DPO-positive.
     """
-    check_positive("beta", beta)
-    check_positive("lambda_", lambda_, zero=True)
+    beta, lambda_ = check_positive("beta", beta), check_positive("lambda_", lambda_, zero=True)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return -F.logsigmoid(beta * (r_w - r_l - lambda_ * F.relu(-r_w)))
 
@@ -288,15 +291,34 @@ def bnf_contrastive(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, be
     References:
       Section 7 of the paper; c is C_DPO over its value where policy = reference.
     """
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
     r_w, r_l = pair_logps(log_odds.detach(), batch).log_ratios
     chosen, rejected = batch.pairs()
     losses = bnf(log_odds, batch)
     return 2 * torch.sigmoid(beta * (r_l - r_w)) * (losses[chosen] + losses[rejected]) / 2
 
 
+def _log_odds_of_mean(log_odds: Tensor, batch: TokenBatch) -> Tensor:
+    """log odds(P) of each response, P = e^m: one token's l. A response that is certain, all l = inf, counts as very large l.
+
+    Where P rounds to 1, 1 - P is the mean of e^-l over the tokens, summed in logs; then a certain one has gradient 0.
+    """
+    log_odds = wide(log_odds)
+    mean = batch.mean(F.logsigmoid(log_odds))
+    limits = torch.finfo(log_odds.dtype)
+    close = mean > -(limits.eps**2)  # 1 - P = -m to more digits than there are
+    # the double where: what is not chosen must be finite too, or its gradient is 0 * inf
+    x = torch.where(close[batch.response], -log_odds.clamp(max=limits.max**0.5), 0)
+    top = x.new_full((batch.responses,), -torch.inf).scatter_reduce(0, batch.response.long(), x.detach(), "amax")
+    log_mean = top + batch.mean((x - top[batch.response]).exp()).log()
+    return mean - torch.where(close, log_mean, log1mexp(torch.where(close, -1, mean)))
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x <= 0, without cancellation; -inf at x = 0, where its gradient is taken as 0."""
-    inside = torch.where(x < 0, x, -1)
-    value = torch.where(inside > -0.6931, torch.log(-torch.expm1(inside)), torch.log1p(-torch.exp(inside)))
+    near, far = (x > -0.6931) & (x < 0), x <= -0.6931
+    # each form sees only its own x: at another's its gradient would be inf, and 0 * inf is NaN
+    value = torch.where(
+        near, torch.log(-torch.expm1(torch.where(near, x, -1))), torch.log1p(-torch.exp(torch.where(far, x, -1)))
+    )
     return torch.where(x < 0, value, torch.where(x == 0, -torch.inf, torch.nan))

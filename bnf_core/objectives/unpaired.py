@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_positive
+from bnf_core._checks import check_positive, check_reference_point
 from bnf_core.batch import TokenBatch, sequence_logps
 
 __all__ = ["kto"]
@@ -50,13 +50,12 @@ def kto(
     References:
       Ethayarajh et al. 2024, KTO: model alignment as prospect theoretic optimization, eq. 8.
     """
-    check_positive("beta", beta)
-    check_positive("lambda_d", lambda_d, zero=True)
-    check_positive("lambda_u", lambda_u, zero=True)
+    beta, z0 = check_positive("beta", beta), check_reference_point(z0)
+    lambda_d, lambda_u = check_positive("lambda_d", lambda_d, zero=True), check_positive("lambda_u", lambda_u, zero=True)
     if batch.ref_log_odds is None:
         raise ValueError("batch.ref_log_odds: expected the log-odds of the reference for KTO, got None.")
-    r = sequence_logps(log_odds, batch) - sequence_logps(batch.ref_log_odds.detach().to(log_odds.dtype), batch)
-    point = torch.as_tensor(z0, dtype=r.dtype, device=r.device).detach().clamp(min=0)
-    x = beta * (r - point)
+    logps = sequence_logps(log_odds, batch)
+    r = logps - sequence_logps(batch.ref_log_odds.detach().to(logps.dtype), batch)
+    x = beta * (r - max(z0, 0.0))
     # 1 - sigmoid(x) = sigmoid(-x); through its logarithm, because sigmoid's own backward, y (1 - y), cancels at y = 1
     return torch.where(batch.preferred, lambda_d * F.logsigmoid(-x).exp(), lambda_u * F.logsigmoid(x).exp())

@@ -126,6 +126,48 @@ def test_target_logits_and_log_odds_are_of_one_distribution() -> None:
         torch.testing.assert_close(target - other, log_odds)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint64], ids=str)
+def test_target_logits_take_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(4, 3), torch.randn(300, 3)
+    labels = torch.tensor([10, min(156, torch.iinfo(dtype).max), 0, 127])  # 156 is -100 in eight bits
+    if dtype.is_signed:
+        labels[2] = -100
+    assert torch.equal(analysis.target_logits(hidden, weight, labels.to(dtype)), analysis.target_logits(hidden, weight, labels))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.float64, torch.float32)], ids=str)
+def test_target_logits_in_float64_under_autocast(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """As torch's own operations: autocast leaves float64 alone."""
+    hidden, weight = torch.randn(5, 4, dtype=dtypes[0]), torch.randn(2, 4, dtype=dtypes[1])
+    y = torch.tensor([0, 1, 1, 0, 1])
+    plain = analysis.target_logits(hidden, weight, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = analysis.target_logits(hidden, weight, y)
+    assert z.dtype == torch.float64
+    assert torch.equal(z, plain)
+
+
+def test_target_logits_under_a_cap_stay_infinite_or_nan() -> None:
+    """A cap is no cure: tanh(inf) = 1 would make a finite logit of a broken state, and lift a masked token's -inf."""
+    hidden, weight = torch.tensor([[1.0], [math.inf], [-math.inf], [math.nan]]), torch.tensor([[2.0], [3.0]])
+    z = analysis.target_logits(hidden, weight, torch.zeros(4, dtype=torch.long), softcap=30.0)
+    assert z[0].item() == pytest.approx(30 * math.tanh(2 / 30))
+    assert z[1:3].tolist() == [math.inf, -math.inf]
+    assert z[3].isnan()
+    masked = torch.tensor([0.0, -math.inf])
+    assert analysis.target_logits(hidden[:1], weight, torch.tensor([1]), bias=masked, softcap=30.0).item() == -math.inf
+
+
+def test_what_stands_where_there_is_no_response_token_does_not_reach_the_gradient() -> None:
+    hidden = torch.tensor([[1.0, 2.0], [math.nan, math.inf]])
+    weight = torch.ones(2, 2, requires_grad=True)
+    z = analysis.target_logits(hidden, weight, torch.tensor([1, -100]))
+    z.sum().backward()
+    assert z.tolist() == [3, 0]
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[0, 0], [1, 2]]
+
+
 # --- Gini (figure 3f) --------------------------------------------------------------------------------------------------
 
 shift_values = st.lists(st.floats(0, 1e3) | st.sampled_from([0.0, 1.0, 1e-300, 1e300]), min_size=1, max_size=12)
@@ -237,9 +279,18 @@ HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(4, 3)
         (lambda: analysis.gini(INFINITE, ROWS), r"values: .* got inf"),
         (lambda: analysis.percentile_edges(torch.zeros(0)), "values: .* at least one token"),
         (lambda: analysis.percentile_edges(NAN), r"values: .* got nan at position \[1\]"),
-        (lambda: analysis.percentile_edges(TWO, 0), "bins: expected at least 1, got 0"),
+        (lambda: analysis.percentile_edges(TWO, 0), "bins: expected a whole number of at least 1, got 0"),
         (lambda: analysis.bin_shares(INFINITE, TWO), r"values: .* got inf at position \[1\]"),
-        (lambda: analysis.bin_shares(TWO, torch.tensor([1.0, 0.0])), r"edges: expected one ascending vector, got \[1.0, 0.0\]"),
+        (
+            lambda: analysis.bin_shares(TWO, torch.tensor([1.0, 0.0])),
+            r"edges: expected .* ascending, got 0.0 after 1.0 at position \[1\]",
+        ),
+        (lambda: analysis.bin_shares(TWO, NAN), r"edges: expected .* got nan at position \[1\]"),
+        (lambda: analysis.bin_shares(TWO, torch.zeros(2, 2)), r"edges: expected shape \(edges,\)"),
+        (lambda: analysis.percentile_edges(TWO, 2.5), "bins: expected a whole number of at least 1, got 2.5"),
+        (lambda: analysis.percentile_edges(TWO, True), "bins: expected a whole number of at least 1, got True"),
+        (lambda: analysis.logit_shift(TWO, TWO, torch.tensor([0, 10**14])), "response: .* got none in row 1"),
+        (lambda: analysis.gini(HIDDEN, ROWS), r"values: expected shape \(tokens,\)"),
         (lambda: analysis.target_logits(HIDDEN, WEIGHT.T, ROWS), r"hidden and weight: expected shapes"),
         (lambda: analysis.target_logits(HIDDEN, WEIGHT, ROWS + 3), "labels: expected token ids from 0 to 3"),
         (lambda: analysis.target_logits(HIDDEN, WEIGHT, ROWS, bias=TWO), r"bias: expected shape \(4,\)"),

@@ -1,13 +1,37 @@
 """The BNF objective from log-odds against the paper's definitions on full logits."""
 
+import inspect
+import math
+from typing import Any
+
+import mpmath as mp
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Responses, responses
 from tolerances import assert_close, scale
+from torch.nn.functional import logsigmoid
 
-from bnf_core import TokenBatch, bnf, bnf_weight, reference, token_log_odds
+from bnf_core import (
+    OBJECTIVES,
+    PairLogps,
+    TokenBatch,
+    bnf,
+    bnf_binary,
+    bnf_target,
+    bnf_weight,
+    constraints,
+    pair_logps,
+    reference,
+    sequence_logps,
+    token_log_odds,
+)
+
+HYPER_BATCH = TokenBatch(
+    torch.tensor([0, 1]), torch.tensor([True, False]), torch.tensor([0, 0]), ref_log_odds=torch.tensor([0.5, -0.5])
+)
 
 log_odds_value = st.floats(-50, 50) | st.sampled_from([-700.0, 0.0, 700.0, float("inf")])
 
@@ -95,7 +119,18 @@ BAD_BATCHES = {
         lambda: TokenBatch(torch.tensor([0, 0, 2]), torch.tensor([True, False, True])),
         "at least one token in every response, got none in row 1",
     ),
-    "out-of-range": (lambda: TokenBatch(torch.tensor([0, 3]), torch.tensor([True])), "indices from 0 to 0"),
+    "out-of-range": (
+        lambda: TokenBatch(torch.tensor([0, 3]), torch.tensor([True])),
+        r"indices from 0 to 0, got 3 at position \[1\]",
+    ),
+    "negative": (
+        lambda: TokenBatch(torch.tensor([0, 1, -1, -2]), torch.tensor([True, True])),
+        r"indices from 0 to 1, got -1 at position \[2\]",
+    ),
+    "scalar-preferred": (
+        lambda: TokenBatch(torch.tensor([0]), torch.tensor(True)),
+        r"preferred: expected a bool tensor of shape \(responses,\), got torch.bool of shape \(\)",
+    ),
     "float-response": (
         lambda: TokenBatch(torch.zeros(2), torch.tensor([True])),
         "response: expected an int32 or int64",
@@ -125,3 +160,190 @@ BAD_BATCHES = {
 def test_bad_input_is_named(build: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()  # type: ignore[operator]
+
+
+def test_a_message_is_short_however_many_tokens() -> None:
+    response = torch.arange(100_000)
+    preferred = torch.arange(100_000) % 2 == 0
+    response[77_777] = 100_000
+    with pytest.raises(ValueError, match=r"got 100000 at position \[77777\]") as caught:
+        TokenBatch(response, preferred)
+    assert len(str(caught.value)) < 300
+    response = torch.arange(100_000)
+    with pytest.raises(ValueError, match="pair 0 has 50000 and 50000") as caught:
+        TokenBatch(response, preferred, torch.zeros(100_000, dtype=torch.int32)).pairs()
+    assert len(str(caught.value)) < 300
+
+
+def test_batches_compare_as_objects() -> None:
+    """Not tensor by tensor, which has no truth value; so they can be keys, and be looked for in a list."""
+    one, other = (TokenBatch(torch.tensor([0, 0, 1]), torch.tensor([True, False])) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert one in [other, one]
+    assert len({one, other, one}) == 2
+
+
+def test_a_batch_moves_whole() -> None:
+    batch = TokenBatch(torch.tensor([0, 0, 1]), torch.tensor([True, False]), entropy=torch.zeros(3))
+    moved = batch.to("meta")
+    assert [x.device.type for x in (moved.response, moved.preferred, moved.entropy)] == ["meta"] * 3  # type: ignore[union-attr]
+    assert moved.pair is moved.ref_log_odds is None
+    assert moved.responses == 2
+    assert batch.response.device.type == "cpu"
+    same = batch.to(torch.device("cpu"), non_blocking=True)
+    assert torch.equal(bnf_loss_of(same), bnf_loss_of(batch))
+
+
+def bnf_loss_of(batch: TokenBatch) -> torch.Tensor:
+    return batch.mean(torch.tensor([1.0, 2.0, 4.0]))
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def long_batch(tokens: int, **tensors: torch.Tensor) -> TokenBatch:
+    """Two pairs: one long response beside short ones."""
+    lengths = torch.tensor([tokens - 12, 2, 3, 7])
+    response = torch.arange(4).repeat_interleave(lengths)
+    return TokenBatch(response, torch.tensor([True, False, False, True]), torch.tensor([0, 0, 1, 1]), **tensors)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sums_over_a_response_are_in_float32(dtype: torch.dtype) -> None:
+    """4,000 tokens of -0.8: bf16 stops counting at -912, fp16 at its range."""
+    values = torch.full((4000,), -0.8, dtype=dtype)
+    batch = TokenBatch(torch.zeros(4000, dtype=torch.long), torch.tensor([True]))
+    for ours, plain in (
+        (batch.sum(values), values.double().sum()),
+        (batch.mean(values), values.double().mean()),
+        (sequence_logps(values, batch), logsigmoid(values.double()).sum()),
+    ):
+        assert ours.dtype == torch.float32
+        assert ours.item() == pytest.approx(plain.item(), rel=1e-4)
+    assert batch.sum(values.double()).dtype == torch.float64
+    assert batch.sum(torch.full_like(values, -60000)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("tokens", [20, 4000])
+def test_half_precision_log_odds_give_what_they_give_in_float64(name: str, dtype: torch.dtype, tokens: int) -> None:
+    """Value in float32, gradient in the log-odds' own dtype: off by its rounding, however long the response."""
+    log_odds, ref_log_odds, entropy = 3 * torch.randn(tokens), 3 * torch.randn(tokens), torch.rand(tokens)
+    log_odds[:3], ref_log_odds[:2] = torch.tensor([9.0, 12.0, -14.0]), torch.tensor([9.5, 9.0])  # log pi rounds to 0 in halves
+    ours = log_odds.to(dtype).requires_grad_()
+    exact = ours.detach().double().requires_grad_()
+    ref_log_odds, entropy = ref_log_odds.double(), entropy.to(dtype)
+    loss = OBJECTIVES[name](ours, long_batch(tokens, ref_log_odds=ref_log_odds.float(), entropy=entropy))
+    expected = OBJECTIVES[name](exact, long_batch(tokens, ref_log_odds=ref_log_odds, entropy=entropy.double()))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-4, atol=1e-6)  # float32's, of sums of 4,000
+    loss.sum().backward()
+    expected.sum().backward()
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert ours.grad.dtype == dtype
+    rounding = torch.finfo(dtype)
+    error = (ours.grad.double() - exact.grad).abs()
+    assert (error <= 2 * rounding.eps * exact.grad.abs() + rounding.smallest_normal * rounding.eps + 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_weights_and_targets_of_half_precision(dtype: torch.dtype) -> None:
+    log_odds, ref = torch.tensor([[3.0, 0.3, -20.0], [3.4, 0.7, -19.3]]).to(dtype)
+    for function in (bnf_weight, bnf_target):
+        ours = function(log_odds, ref)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), function(log_odds.double(), ref.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_constraints_of_half_precision(dtype: torch.dtype) -> None:
+    values = torch.tensor([[-400.0, -3.0], [-401.0, -9.0], [-399.0, -4.0], [-402.0, -4.0], [401.0, 3.0], [399.0, 4.0]]).to(
+        dtype
+    )
+    for name, constraint in constraints.CONSTRAINTS.items():
+        for ours, exact in zip(constraint(PairLogps(*values)), constraint(PairLogps(*values.double())), strict=True):
+            assert ours.dtype == torch.float32, name
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-7)
+    ratio, preferred = values[0] / 100, torch.tensor([True, False])
+    ours = constraints.kto_constraint(ratio, preferred, beta=0.7, lambda_d=1.3, lambda_u=0.3, z0=0.2)
+    exact = constraints.kto_constraint(ratio.double(), preferred, beta=0.7, lambda_d=1.3, lambda_u=0.3, z0=0.2)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("ref", [5.0, 20.0, 30.0])
+def test_binary_keeps_the_digits_of_a_small_miss(ref: float, apart: float) -> None:
+    """1 - f_y far below 1's rounding is most of the gradient of a token that is nearly certain: -w (1 - pi_y)."""
+    log_odds = torch.tensor([ref - apart], dtype=torch.float64, requires_grad=True)
+    batch = TokenBatch(torch.tensor([0]), torch.tensor([True]), ref_log_odds=torch.tensor([ref], dtype=torch.float64))
+    loss = bnf_binary(log_odds, batch)
+    loss.sum().backward()
+    assert log_odds.grad is not None
+    w = bnf_weight(log_odds, torch.full_like(log_odds, ref))
+    torch.testing.assert_close(log_odds.grad, -w * torch.sigmoid(-log_odds.detach()), rtol=1e-12, atol=0)
+    with mp.workdps(60):
+        pi, pi_ref = (1 / (1 + mp.exp(-mp.mpf(x))) for x in (log_odds.item(), ref))
+        exact = -(pi / pi_ref) * mp.log(pi) - (1 - pi / pi_ref) * mp.log1p(-pi)
+    assert loss.item() == pytest.approx(float(exact), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_certain_tokens_beside_others(name: str) -> None:
+    """l = inf at policy, reference, or both: a finite loss, a finite gradient, and none to what is certain."""
+    inf = torch.inf
+    log_odds = torch.tensor([inf, 1.0, inf, -3.0, inf, 2.0], requires_grad=True)
+    ref = torch.tensor([inf, inf, 2.0, -2.0, 0.0, 2.0])
+    batch = TokenBatch(
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+        torch.tensor([True, False]),
+        torch.tensor([0, 0]),
+        ref_log_odds=ref,
+        entropy=torch.zeros(6),
+    )
+    loss = OBJECTIVES[name](log_odds, batch)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert log_odds.grad is not None
+    assert log_odds.grad.isfinite().all()
+    assert (log_odds.grad[[0, 2, 4]] == 0).all()
+
+
+# --- hyper-parameters -----------------------------------------------------------------------------------------------
+
+FUNCTIONS = {
+    **{name: (objective, (torch.zeros(2), HYPER_BATCH)) for name, objective in OBJECTIVES.items()},
+    **{f"{name}_constraint": (c, (pair_logps(torch.zeros(2), HYPER_BATCH),)) for name, c in constraints.CONSTRAINTS.items()},
+    "kto_constraint": (constraints.kto_constraint, (torch.zeros(2), HYPER_BATCH.preferred)),
+}
+HYPER = [
+    pytest.param(function, arguments, hyper, id=f"{name}-{hyper}")
+    for name, (function, arguments) in FUNCTIONS.items()
+    for hyper, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind == parameter.KEYWORD_ONLY
+]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(("function", "arguments", "hyper"), HYPER)
+def test_a_hyper_parameter_is_a_finite_number(function: Any, arguments: tuple[Any, ...], hyper: str) -> None:
+    bad = [math.nan, math.inf, -math.inf, True, None, "0.1", torch.ones(1), torch.tensor(math.nan), np.float32(np.nan), [0.1]]
+    for value in bad if hyper == "z0" else [*bad, torch.tensor(0.1)]:
+        with pytest.raises(ValueError, match=rf"^{hyper}: expected (a finite|a floating|shape)"):
+            function(*arguments, **{hyper: value})
+    expected = function(*arguments, **{hyper: 0.5})
+    for value in (np.float32(0.5), np.float64(0.5), *([torch.tensor(0.5)] if hyper == "z0" else [])):
+        torch.testing.assert_close(function(*arguments, **{hyper: value}), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        function(*arguments, **{hyper: np.int64(2)}), function(*arguments, **{hyper: 2.0}), rtol=0, atol=0
+    )
+    if hyper in ("beta", "tau", "lambda_", "lambda_d", "lambda_u"):
+        with pytest.raises(ValueError, match=f"^{hyper}: expected a (positive|non-negative) number, got -0.5"):
+            function(*arguments, **{hyper: -0.5})
+
+
+def test_every_hyper_parameter_is_seen() -> None:
+    assert len(HYPER) == 31

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import mpmath as mp
+import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from implementations import available
 from strategies import PairCase, pair_cases
+from tolerances import assert_close, scale
 from torch import Tensor
 
 from bnf_core import (
@@ -25,6 +28,7 @@ from bnf_core import (
     token_log_odds,
 )
 from bnf_core.head import IMPLEMENTATIONS
+from bnf_core.objectives.pairwise import log1mexp
 
 HYPER: dict[str, dict[str, st.SearchStrategy[float]]] = {
     "nll_pll": {},
@@ -266,7 +270,7 @@ BAD = {
     "no-reference": (lambda: OBJECTIVES["dpo"](torch.zeros(2), replace(PAIRED, ref_log_odds=None)), "batch.ref_log_odds"),
     "kto-no-reference": (lambda: OBJECTIVES["kto"](torch.zeros(2), replace(SINGLE, ref_log_odds=None)), "batch.ref_log_odds"),
     "beta": (lambda: OBJECTIVES["dpo"](torch.zeros(2), PAIRED, beta=0), "beta: expected a positive number, got 0"),
-    "nan": (lambda: OBJECTIVES["simpo"](torch.zeros(2), PAIRED, beta=float("nan")), "beta: expected a positive number"),
+    "nan": (lambda: OBJECTIVES["simpo"](torch.zeros(2), PAIRED, beta=float("nan")), "beta: expected a finite positive number"),
     "tau": (lambda: OBJECTIVES["ipo"](torch.zeros(2), PAIRED, tau=-1.0), "tau: expected a positive number"),
     "lambda": (lambda: OBJECTIVES["orpo"](torch.zeros(2), PAIRED, lambda_=-1.0), "lambda_: expected a non-negative number"),
     "log-odds": (lambda: OBJECTIVES["nll_pll"](torch.zeros(3), PAIRED), r"log_odds: expected shape \(2,\)"),
@@ -292,9 +296,82 @@ def test_certain_tokens_give_no_nan(name: str) -> None:
     for values in ([torch.inf, 0.0], [0.0, torch.inf], [torch.inf, torch.inf]):
         log_odds = torch.tensor(values, requires_grad=True)
         loss = PAIRWISE[name](log_odds, batch)
-        if name == "orpo" and values == [torch.inf, torch.inf]:  # a ratio of two infinite odds
-            continue
         loss.sum().backward()
-        assert not loss.isnan().any()
+        assert loss.isfinite().all()
         assert log_odds.grad is not None
-        assert not log_odds.grad.isnan().any(), values
+        assert log_odds.grad.isfinite().all(), values
+        assert (log_odds.grad[log_odds.isposinf()] == 0).all()  # nothing moves what is certain
+
+
+# --- ORPO, whose odds are infinite where a likelihood rounds to 1 ---------------------------------------------------
+
+
+def pair_of(chosen: list[float], rejected: list[float], dtype: torch.dtype) -> PairCase:
+    log_odds = torch.tensor(chosen + rejected, dtype=dtype)
+    response = torch.tensor([0] * len(chosen) + [1] * len(rejected))
+    return PairCase(log_odds, TokenBatch(response, torch.tensor([True, False]), torch.tensor([0, 0])))
+
+
+CERTAIN = [-30.0, 17.4, 20.0, 33.0, 104.0, 1000.0]
+SIDES = [(chosen, rejected) for chosen in CERTAIN for rejected in CERTAIN]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("apart", [[0.0], [0.0, 2.5], [0.0, 0.0, 40.0]], ids=["1-token", "2-tokens", "3-tokens"])
+def test_orpo_however_certain_the_responses(dtype: torch.dtype, apart: list[float]) -> None:
+    """Value and gradient against 520 digits: one token's log odds(P) is its l, and stays l where P rounds to 1."""
+    for chosen, rejected in SIDES:
+        case = pair_of([chosen + d for d in apart], [rejected + d for d in apart], dtype)
+        loss, gradient = leaf_gradients(lambda x, batch: OBJECTIVES["orpo"](x, batch, lambda_=0.6), case)
+        exact_loss, exact_gradient = oracle.orpo(*case.log_odds.tensor_split(2), lambda_=0.6)
+        size = scale(case.log_odds)
+        assert_close(loss, oracle.to_tensor([exact_loss], loss), units=16, size=size, absolute=1)
+        assert_close(gradient, oracle.to_tensor(exact_gradient, gradient), units=16, size=size)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 80.0), (torch.float64, 700.0)], ids=str)
+def test_orpos_constraint_however_certain_the_responses(dtype: torch.dtype, most: float) -> None:
+    """Autograd's coefficient wherever grad log pi is a number of the dtype; finite where log pi itself rounds to 0."""
+    for chosen, rejected in [
+        *SIDES,
+        (most, most),
+        (most, 0.0),
+        (0.0, most),
+        (torch.inf, 0.0),
+        (0.0, torch.inf),
+        (torch.inf,) * 2,
+    ]:
+        case = pair_of([chosen], [rejected], dtype)
+        pairs = pair_logps(case.log_odds.requires_grad_(), case.batch)
+        c_w, c_l = constraints.CONSTRAINTS["orpo"](pairs, lambda_=0.6)
+        (slope,) = torch.autograd.grad((c_w + c_l).sum(), case.log_odds)
+        assert torch.stack([c_w, c_l]).isfinite().all(), (chosen, rejected)
+        assert not slope.isnan().any(), (chosen, rejected)
+        if max(chosen, rejected) <= most:
+            _, gradient = leaf_gradients(
+                lambda x, batch: OBJECTIVES["orpo"](x, batch, lambda_=0.6), replace(case, log_odds=case.log_odds.detach())
+            )
+            expected = torch.cat([-c_w, c_l]).detach() * torch.sigmoid(-case.log_odds.detach())
+            assert_close(gradient, expected, units=64, size=scale(case.log_odds.detach()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_log1mexp_keeps_every_digit(dtype: torch.dtype) -> None:
+    """log(1 - e^x) and its derivative -1 / (e^-x - 1), on either side of -log 2, where the two forms of it meet."""
+    sizes = [1e-30, 1e-12, 1e-7, 1e-3, 0.1, 0.5, 0.693, 0.6932, 0.8, 2.0, 20.0, 60.0]
+    x = torch.tensor([-size for size in sizes], dtype=dtype, requires_grad=True)
+    log1mexp(x).sum().backward()
+    value, slope = zip(*((mp.log(-mp.expm1(v)), -1 / mp.expm1(-v)) for v in map(mp.mpf, x.tolist())), strict=True)
+    assert_close(log1mexp(x), oracle.to_tensor(list(value), x), units=4)
+    assert x.grad is not None
+    assert_close(x.grad, oracle.to_tensor(list(slope), x), units=4)
+
+
+def test_log1mexp_at_its_ends() -> None:
+    x = torch.tensor([0.0, -torch.inf, 0.1, torch.nan], requires_grad=True)
+    value = log1mexp(x)
+    value[:2].sum().backward()
+    assert value[:2].tolist() == [-torch.inf, 0]
+    assert value[2:].isnan().all()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 0, 0, 0]

@@ -100,3 +100,39 @@ def test_zero_feedback_is_never_nan_at_v_1(case: Responses) -> None:
     assert loss == 0
     assert logits.grad is not None
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    """-100 is compared as a number: no unsigned token is one, and no vocabulary is too large for the labels' dtype."""
+    top = min(torch.iinfo(dtype).max, 299)
+    labels = torch.tensor([[10, top, min(156, top)], [7, 0, 100]])  # 156 is -100 in eight bits
+    if dtype.is_signed:
+        labels[1, 1] = -100
+    logits, ref_logits = torch.randn(2, 2, 3, 300, dtype=torch.float64)
+    preferred = torch.tensor([True, False])
+    for function, arguments in (
+        (reference.bnf_loss, (logits, ref_logits, labels, preferred)),
+        (reference.bnf_logit_gradient, (logits, ref_logits, labels, preferred)),
+        (reference.one_hot_target, (logits, labels)),
+        (reference.dynamic_target, (logits, ref_logits, labels)),
+        (reference.mixture_target, (logits, ref_logits, labels)),
+        (reference.sequence_logps, (logits, labels)),
+        (reference.pair_logps, (logits, ref_logits, labels)),
+    ):
+        narrow = tuple(x.to(dtype) if x is labels else x for x in arguments)
+        torch.testing.assert_close(function(*narrow), function(*arguments), rtol=0, atol=0)  # type: ignore[operator]
+
+
+def test_feedback_is_computed_in_float32_at_least() -> None:
+    """Half precision in, float32 out; a tensor in double precision, or a number beside one, keeps its digits."""
+    p = torch.tensor([0.1, 0.7], dtype=torch.bfloat16)
+    feedback = reference.bnf_feedback(p, 0.3)
+    assert feedback.dtype == torch.float32
+    torch.testing.assert_close(feedback.double(), reference.bnf_feedback(p.double(), 0.3))
+    assert reference.bnf_feedback(0.1, torch.tensor(0.3, dtype=torch.float16)).dtype == torch.float32
+    exact = reference.bnf_feedback(torch.tensor(0.1).double(), 0.3)
+    assert reference.bnf_feedback(torch.tensor(0.1), torch.tensor(0.3).double()).dtype == exact.dtype
