@@ -12,7 +12,7 @@ no more than half of that. Reading a number back (a check on each chunk) is a st
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):
     peak: int = 0
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ours = {x.untyped_storage()._cdata for x in self.inputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -158,7 +158,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def _view(x: Tensor) -> tuple[int, int, int]:
-    return x.untyped_storage()._cdata, x.storage_offset(), x.numel()
+    return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel()
 
 
 def _sizes(tensors: Iterable[Tensor]) -> tuple[tuple[tuple[int, int, int], int], ...]:

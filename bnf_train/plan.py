@@ -262,7 +262,7 @@ def optimizer_bytes(trainable: int, strategy: str, gpus: int, optim: str) -> int
 
 
 def head_bytes(vocab: int, dim: int, tokens: int, device: str, bf16: bool, width: int = 4, frozen: bool = False) -> int:
-    """What the head says it will hold beyond gradients, for the response tokens of a micro-batch (`bnf_core.head_workspace`)."""
+    """What the head says that it will hold beyond gradients, for the response tokens of a micro-batch."""
     import torch
 
     from bnf_core import head_workspace
@@ -326,7 +326,7 @@ def trace(
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
             after_forward = live.now
             hidden = hidden.flatten(0, 1).index_select(0, places)
-            chunk = head_bytes(*weight.shape, len(places), "cpu", bf16, weight.element_size())
+            chunk = head_bytes(len(weight), weight.shape[1], len(places), "cpu", bf16, weight.element_size())
             loss = _head_allocations().apply(hidden, weight, chunk)
         del hidden
         loss.backward()

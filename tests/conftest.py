@@ -14,9 +14,6 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on the CPU, before anything imports them
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a network
-# tensors are small: a second thread gains nothing, and beside a busy process every parallel loop waits for it
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # annotations like Float[Tensor, "tokens dim"] are checked on every call

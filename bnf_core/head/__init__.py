@@ -163,12 +163,15 @@ def linear_token_loss(
     return loss, log_odds, entropy
 
 
-@torch.compiler.disable(reason="linear_token_loss calls a function of yours on some tokens at a time; it is not traced.")  # type: ignore[misc]
 def _with_closure(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if not holds_numbers(hidden):
         raise RuntimeError("linear_token_loss: expected tensors that hold numbers, for a loss that is a function of yours.")
     results: tuple[Tensor, ...] = ClosureLoss.apply(hidden, *arguments)  # type: ignore[no-untyped-call]
     return results
+
+
+_UNTRACED = "linear_token_loss calls a function of yours on some tokens at a time: torch.compile breaks its graph here."
+_with_closure = torch.compiler.disable(_with_closure, reason=_UNTRACED)  # type: ignore[no-untyped-call]
 
 
 def _plain(options: HeadOptions) -> tuple[float | None, float, torch.dtype, int | None, bool]:

@@ -148,11 +148,23 @@ def layout(
         block = min(2 ** (block.bit_length() - 1), WIDEST)  # a kernel for each width: few widths
     elif block > 64:
         block -= block % 64
-    sizes = {"chunk": chunk, "group": group, "block": block}
-    dtypes = {"operand": operand, "for_logits": for_logits, "raw": operand if rounds else wide}
     return Layout(
-        tokens, dim, vocab, options, on_gpu, recompute, wanted, (grad_dtypes[0], grad_dtypes[1]), copies=copies, **sizes, **dtypes
-    )  # fmt: skip
+        tokens=tokens,
+        dim=dim,
+        vocab=vocab,
+        options=options,
+        on_gpu=on_gpu,
+        recompute=recompute,
+        wanted=wanted,
+        grad_dtypes=(grad_dtypes[0], grad_dtypes[1]),
+        operand=operand,
+        for_logits=for_logits,
+        raw=operand if rounds else wide,
+        copies=copies,
+        chunk=chunk,
+        group=group,
+        block=block,
+    )
 
 
 def _even(tokens: int, most: int) -> int:
