@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["children"]  # what compiles or forks runs in a process of its own
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on the CPU, before anything imports them
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a network

@@ -207,6 +207,7 @@ def test_updates_lost_to_rounding_are_noticed(
     assert ("lost to rounding" in caplog.text) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.child
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_bf16_weights_move_by_stochastic_rounding(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     """As far as float32 weights do, on average, though each step is a tenth of a bf16 weight's spacing or less."""
