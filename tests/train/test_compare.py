@@ -32,6 +32,7 @@ def flags(model_folder: Path, rows: Path, output: Path, *more: str) -> list[str]
     return [*first, f"--output_dir={output}", "--eval_size=2", "--disable_tqdm=true", *own, *more]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_arms_run_once_and_the_report_is_of_what_they_left(
     model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

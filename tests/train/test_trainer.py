@@ -174,6 +174,7 @@ def test_a_policy_that_does_not_start_at_its_reference_is_refused(
     assert "before the first step the mean |w - 1| is 0." in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize("rows", [PAIRS, SINGLES], ids=["pairs", "singles"])
 def test_a_run_leaves_a_model_that_plain_transformers_loads(
     rows: list[dict[str, Any]], model_folder: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
