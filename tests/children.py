@@ -9,14 +9,15 @@ import itertools
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pytest
 import torch
@@ -28,13 +29,20 @@ FOLDERS = [ROOT, ROOT / "tests", ROOT / "tests" / "core", ROOT / "tests" / "trai
 PYTHONPATH = os.pathsep.join(filter(None, [*map(str, FOLDERS), os.environ.get("PYTHONPATH")]))  # of the programs run here
 
 
-def run(*arguments: str, code: int = 0, **environment: str) -> str:
-    """Standard output of `python arguments`; another exit code than `code` fails the test and shows both streams."""
+class Said(NamedTuple):
+    """What a program wrote."""
+
+    out: str
+    err: str
+
+
+def run(*arguments: str, code: int = 0, **environment: str) -> Said:
+    """`python arguments`; another exit code than `code` fails the test and shows both streams."""
     return together([arguments], code, **environment)[0]
 
 
-def together(commands: Sequence[Sequence[str]], code: int = 0, **environment: str) -> list[str]:
-    """Standard output of several `python arguments` that run at the same time. The first to fail ends the others."""
+def together(commands: Sequence[Sequence[str]], code: int = 0, **environment: str) -> list[Said]:
+    """Several `python arguments` at the same time. The first to fail ends the others."""
     with tempfile.TemporaryDirectory() as folder, _ended(commands, Path(folder), environment) as processes:
         waiting, until = dict(enumerate(processes)), time.monotonic() + HANGS
         while waiting:
@@ -48,7 +56,8 @@ def together(commands: Sequence[Sequence[str]], code: int = 0, **environment: st
                 continue
             if found != code:
                 pytest.fail(f"exit code {found} of process {number}, not {code}\n{_logs(Path(folder))}")
-        return [(Path(folder) / f"{number}.out").read_text() for number in range(len(commands))]
+        streams = ([Path(folder) / f"{number}.{stream}" for stream in Said._fields] for number in range(len(commands)))
+        return [Said(*(path.read_text(errors="replace") for path in paths)) for paths in streams]
 
 
 @contextmanager
@@ -66,12 +75,14 @@ def _ended(
                         stdout=out,
                         stderr=err,
                         env=os.environ | {"PYTHONPATH": PYTHONPATH} | environment,
+                        start_new_session=True,
                     )
                 )
         yield processes
     finally:
         for process in processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
             process.wait()
 
 

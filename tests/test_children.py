@@ -76,7 +76,7 @@ def test_a_child_that_dies_is_one_failing_test_with_its_log(tmp_path: Path) -> N
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_them.py").write_text(TESTS)
     options = ["-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
-    said = children.run(*options, code=1, PYTHONPATH=str(Path(__file__).parent))
+    said = children.run(*options, code=1, PYTHONPATH=str(Path(__file__).parent)).out
     failed = re.findall(r"^FAILED \S*test_them.py::(\S+)", said, re.MULTILINE)
     in_pytest = ["test_fork_in_pytest", "test_torch_in_pytest", "test_torch_decorates_in_pytest"]
     assert failed == ["test_in_a_child[2]", "test_crash", *in_pytest], said
@@ -97,4 +97,5 @@ def test_a_program_that_fails_shows_its_streams_and_ends_the_others() -> None:
     fails = ("-c", "import sys, time; print('out'); print('err', file=sys.stderr); time.sleep(2); sys.exit(3)")
     with pytest.raises(pytest.fail.Exception, match=r"exit code 3 of process 1, not 0(.|\n)*I wait(.|\n)*err(.|\n)*out"):
         children.together([endless, fails])
-    assert children.together([("-c", "print(1)"), ("-c", "import os; print(os.environ['TWO'])")], TWO="2") == ["1\n", "2\n"]
+    one, two = children.together([("-c", "print(1)"), ("-c", "import os; print(os.environ['TWO'])")], TWO="2")
+    assert (one, two.out) == (("1\n", ""), "2\n")

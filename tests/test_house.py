@@ -64,4 +64,4 @@ def test_core_imports_nothing_but_itself_and_what_is_light() -> None:
         "import sys, torch, numpy; before = set(sys.modules); import bnf_core\n"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
     )
-    assert set(children.run("-c", code).split()) <= {"bnf_core", "jaxtyping", "wadler_lindig", "numpy"}
+    assert set(children.run("-c", code).out.split()) <= {"bnf_core", "jaxtyping", "wadler_lindig", "numpy"}
