@@ -10,7 +10,8 @@ always does; TRL's models are loaded in bf16, which is less work and memory. "ba
 equally long sequences, with no padding and nothing recorded: what there is to reach. Tokens are those of prompt and response.
 
 The second takes optimizer steps on one packed batch of random tokens, with random weights, and compares the floating-point
-operations that the model needs (attention over the responses included) with bf16 matrix products of the same device.
+operations that the model needs (attention over the responses included) with matrix products of the same device, in the
+dtype that the step multiplies in: bf16, or float32 on a CPU without a unit for bf16, as a run of bnf_train does there.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from bnf_train.config import _bf16_in_hardware
 from bnf_train.data import read_rows, tokenize
 from bnf_train.errors import UsageError
 
@@ -166,9 +168,10 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     from bnf_train.packed_attention import attend_by_response
 
     device = _device()
+    dtype = torch.bfloat16 if _bf16_in_hardware(device.type == "cpu") else torch.float32
     shape = LlamaConfig(**(LLAMA_3_8B | {"num_hidden_layers": layers} | (config or {})), attn_implementation="sdpa")
     with device:
-        torch.set_default_dtype(torch.bfloat16 if lora else torch.float32)
+        torch.set_default_dtype(dtype if lora else torch.float32)
         model = LlamaForCausalLM(shape)
         torch.set_default_dtype(torch.float32)
     attend_by_response(model)
@@ -192,7 +195,7 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     for _ in range(steps + 2):
         _wait(device)
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss, *_ = model(**inputs)
         loss.backward()
         optimizer.step()
@@ -201,16 +204,17 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
         times.append(time.perf_counter() - start)
     attention = layers * 2 * shape.hidden_size * 8 * length**2
     operations = (4 if lora else 6) * (multiplying * 8 * length + attention / 2)
-    achieved, peak = operations / median(times[2:]), _peak_operations(device)
+    achieved, peak = operations / median(times[2:]), _peak_operations(device, dtype)
     return _figures(8 * length, median(times[2:])) | {
         "tera_operations_per_second": achieved / 1e12, "peak_of_products": peak / 1e12, "mfu": achieved / peak,
+        "bits": torch.finfo(dtype).bits,
     }  # fmt: skip
 
 
-def _peak_operations(device: torch.device) -> float:
-    """Operations a second of bf16 matrix products, the best of some."""
+def _peak_operations(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of matrix products, the best of some."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     times = []
     for _ in range(10):
         _wait(device)
@@ -270,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--mfu", action="store_true", help="share of the measured peak instead")
     add("--layers", type=int, default=32, help="with --mfu: layers of Llama-3-8B (default: %(default)s)")
     add("--tokens", type=int, default=4096, help="with --mfu: tokens a step (default: %(default)s)")
-    add("--lora", action="store_true", help="with --mfu: LoRA on a bf16 base")
+    add("--lora", action="store_true", help="with --mfu: LoRA on a frozen base, in bf16 where the device multiplies it")
     add("--steps", type=int, default=5, help="with --mfu: steps measured (default: %(default)s)")
     options, flags = parser.parse_known_args(arguments)
     try:
@@ -288,7 +292,8 @@ def _mfu(options: argparse.Namespace) -> dict[str, Any]:
     print(
         f"{options.layers} layers, {'LoRA' if options.lora else 'full'}, {options.tokens} tokens a step: "
         f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['tera_operations_per_second']:.1f} of "
-        f"{figures['peak_of_products']:.1f} tera-operations/s = {figures['mfu']:.0%}, peak {figures['peak_gib']:.1f} GiB"
+        f"{figures['peak_of_products']:.1f} tera-operations/s in {'bf16' if figures['bits'] == 16 else 'float32'} = "
+        f"{figures['mfu']:.0%}, peak {figures['peak_gib']:.1f} GiB"
     )
     return figures
 

@@ -160,7 +160,9 @@ def _read_parquet(path: Path) -> list[RawRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _check_columns(names, str(path))
-            rows: list[RawRow] = file.read([name for name in names if name in COLUMNS]).to_pylist()
+            table = file.read([name for name in names if name in COLUMNS])
+        table.validate(full=True)  # as in _rows_of_datasets
+        rows: list[RawRow] = table.to_pylist()
     except UsageError:
         raise
     except Exception as error:  # pyarrow raises a dozen unrelated types on damaged files
@@ -204,7 +206,9 @@ def _rows_of_datasets(data: Any, source: str, split: str) -> list[RawRow]:
     _check_columns(data.column_names, source)
     names = [name for name in data.column_names if name in COLUMNS]
     try:
-        columns = data.select_columns(names).with_format(None)[:]
+        data = data.select_columns(names).with_format(None)
+        data.data.validate(full=True)  # an offset beyond its buffer would be followed, which ends the process
+        columns = data[:]
     except Exception as error:  # a damaged Arrow file shows itself only here
         raise UsageError(f"{source}: could not be read ({reason(error)}).") from error
     if not len(data):

@@ -1,5 +1,6 @@
 """Settings of every test: shapes checked as written, Hypothesis reproducible in CI, slow tests off by default."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -11,9 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["children"]  # what compiles or forks runs in a process of its own
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on the CPU, before anything imports them
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a network
+# one thread, in children too: sums in one order, and where others use the cores none waits in vain for another's share
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # annotations like Float[Tensor, "tokens dim"] are checked on every call
@@ -42,6 +47,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage, of which every run makes some, looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,12 +1,16 @@
-"""Under DistributedDataParallel: two processes (gloo) with half of the tokens each end with one process's gradients."""
+"""Under DistributedDataParallel: two processes (gloo) with half of the tokens each end with one process's gradients.
 
-import socket
-from typing import Any
+`python test_ddp.py RANK FOLDER` is one of the two.
+"""
 
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import children
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from bnf_core import TokenBatch, bnf, linear_bnf_loss, linear_log_odds
@@ -36,26 +40,37 @@ def problem(one_pass: bool) -> tuple[Model, tuple[Tensor, ...]]:
     return model, (torch.randn(TOKENS, DIM).double(), torch.randint(VOCAB, (TOKENS,)), torch.randn(TOKENS).double() - 3)
 
 
-def worker(rank: int, port: int, one_pass: bool, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model, inputs = problem(one_pass)
+def worker(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)  # a file: no port that another program could take first
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=10))
     half = slice(rank * TOKENS // 2, (rank + 1) * TOKENS // 2)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    parallel(*(x[half] for x in inputs)).backward()
-    if rank == 0:
-        results.update({name: p.grad.numpy() for name, p in model.named_parameters()})
+    for one_pass in (True, False):
+        model, inputs = problem(one_pass)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(*(x[half] for x in inputs)).backward()
+        if rank == 0:
+            torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"{one_pass}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def gradients_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both problems' gradients: the processes take longer to start than to compute."""
+    folder = tmp_path_factory.mktemp("ddp")
+    children.together([(__file__, str(rank), str(folder)) for rank in range(2)])
+    return folder
+
+
 @pytest.mark.parametrize("one_pass", [True, False], ids=["linear_bnf_loss", "linear_log_odds"])
-def test_two_processes_have_the_gradients_of_one(one_pass: bool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, (port, one_pass, results), nprocs=2)
-        model, inputs = problem(one_pass)
-        model(*inputs).backward()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(torch.from_numpy(results[name]), parameter.grad)
+def test_two_processes_have_the_gradients_of_one(one_pass: bool, gradients_of_two: Path) -> None:
+    model, inputs = problem(one_pass)
+    model(*inputs).backward()
+    found = torch.load(gradients_of_two / f"{one_pass}.pt")
+    assert len(found) == 4
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HANGS = 300  # seconds: a guard against waiting forever, no measure of anything
 # --remote-debugging-pipe reads file descriptor 3 and writes 4
 TO_3_AND_4 = """
 import fcntl, os, sys
@@ -61,11 +63,11 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = 20) -> None:
+    def wait_for(self, condition: str) -> None:
         """Until a JavaScript expression is true."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + HANGS
         while not self.evaluate(condition):
-            assert time.monotonic() < end, f"{condition}: not within {seconds} s"
+            assert time.monotonic() < end, f"{condition}: not within {HANGS} s"
             time.sleep(0.02)
 
     def tap(self, x: float, y: float) -> None:
@@ -74,6 +76,7 @@ class Page:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._replies], [], [], HANGS)[0], f"chromium has said nothing for {HANGS} s"
             data = os.read(self._replies, 1 << 20)
             assert data, "chromium ended"
             self._buffer += data
@@ -100,6 +103,9 @@ def new_page(profile: Path) -> Iterator[Page]:
         yield Page(commands, replies)
     finally:
         process.terminate()
-        process.wait(20)
+        try:
+            process.wait(HANGS)
+        finally:
+            process.kill()
         os.close(commands)
         os.close(replies)

@@ -1,13 +1,14 @@
 """A tiny model folder with a byte-level tokenizer: everything real, nothing pretrained."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,6 +23,41 @@ def _reference_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """No test leaves files in the user's cache folder, nor finds any there."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+
+
+PNG = bytes.fromhex(  # one white pixel
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c63f80f00010101"
+    "00b138f6140000000049454e44ae426082"
+)
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rendering() -> Iterator[list[str]]:
+    """Every run draws a dozen figures. They are made, and saved as an empty image: rendering takes longer than the run."""
+    asked_for: list[str] = []
+    save = Figure.savefig
+
+    def save_empty(self: Figure, file: Any, **options: Any) -> None:
+        if asked_for:
+            save(self, file, **options)
+        elif hasattr(file, "write"):
+            file.write(SVG if options["format"] == "svg" else PNG)
+        else:
+            assert Path(file).suffix == ".png"
+            Path(file).write_bytes(PNG)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_empty)
+        yield asked_for
+
+
+@pytest.fixture
+def rendered(_rendering: list[str], request: pytest.FixtureRequest) -> Iterator[None]:
+    """For a test of what is to be seen."""
+    _rendering.append(request.node.nodeid)
+    yield
+    _rendering.clear()
 
 
 @pytest.fixture

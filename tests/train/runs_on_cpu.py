@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from matplotlib.figure import Figure
 
 from bnf_train.__main__ import main
 from bnf_train.trainer import BNFTrainer
@@ -68,6 +69,7 @@ if __name__ == "__main__":
         choose_fsdp()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         choose_deepspeed()
+    Figure.savefig = lambda *_, **__: None  # rendering takes longer than the run
     training_step = BNFTrainer.training_step
     for line in Path(sys.argv[1]).read_text().splitlines():
         run = json.loads(line)

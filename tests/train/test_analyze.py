@@ -182,6 +182,7 @@ def test_an_adapter_is_the_model_that_it_makes(model_folder: Path, write_rows: W
     assert max(map(abs, adapter["log_likelihood_shift"])) > 0.1
 
 
+@pytest.mark.usefixtures("rendered")
 def test_one_model_at_a_time_and_figures(
     model_folder: Path,
     policy: Path,

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from preference_rows import PAIRS
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnf_train import benchmark, model_head
 from bnf_train.benchmark import Task, _tokens, bare, bnf, main, mfu
 from bnf_train.load import load_tokenizer
 
@@ -20,15 +24,50 @@ def test_methods_count_the_same_tokens(model_folder: Path, write_rows: Callable[
     assert bare(task)["tokens"] == 16 * round(tokens / 16)
 
 
+class Products(TorchDispatchMode):
+    """Dtypes of a forward pass's matrix products in which a dimension is `size`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.dtypes = size, set[torch.dtype]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and self.size in (
+            *args[-2].shape,
+            *args[-1].shape,
+        ):
+            self.dtypes |= {args[-2].dtype, args[-1].dtype}
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("unit", [False, True], ids=["without a bf16 unit", "with one"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_share_of_the_peak_on_a_small_shape(lora: bool) -> None:
+def test_share_of_the_peak_of_products_in_the_dtype_of_the_step(
+    lora: bool, unit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this CPU has. The figures follow from one another; none is compared with a speed."""
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(benchmark, "_bf16_in_hardware", lambda use_cpu: unit)
+    monkeypatch.setattr(benchmark, "_peak_operations", lambda device, dtype: measured.append(dtype) or 2e9)
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    figures = mfu(2, 64, lora, 2, shape)
-    assert 0 < figures["mfu"] < 1
+    products, attach = Products(128), model_head.attach_log_odds_head
+    monkeypatch.setattr(model_head, "attach_log_odds_head", lambda model: (attach(model), products.dtypes.clear()))  # it tries
+    with products:
+        figures = mfu(2, 64, lora, 2, shape)
+    assert [*products.dtypes] == measured == [torch.bfloat16 if unit else torch.float32]
+    assert figures["bits"] == (16 if unit else 32)
+    assert figures["peak_of_products"] == pytest.approx(2e-3)
+    assert figures["mfu"] == pytest.approx(figures["tera_operations_per_second"] / 2e-3)
     weights = 512 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # those that multiply a token, and the norms
     expected = (4 if lora else 6) * 64 * weights
     achieved = figures["tera_operations_per_second"] * 1e12 * 64 / figures["tokens_per_second"]
     assert achieved == pytest.approx(expected, rel=0.05)  # attention and norms are the rest
+
+
+def test_the_peak_is_that_of_the_dtype_asked_for() -> None:
+    with Products(1024) as products:
+        assert benchmark._peak_operations(torch.device("cpu"), torch.float32) > 0
+    assert products.dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize(

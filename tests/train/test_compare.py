@@ -4,17 +4,17 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import torch
 from preference_rows import PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bnf_train.__main__ import main as train
 from bnf_train.arm import Measures, answers, paragraphs, perplexity
 from bnf_train.compare import Arm, compare, main
 from bnf_train.compare_report import COLUMNS, START, markdown, summaries, write
@@ -32,10 +32,10 @@ def flags(model_folder: Path, rows: Path, output: Path, *more: str) -> list[str]
     return [*first, f"--output_dir={output}", "--eval_size=2", "--disable_tqdm=true", *own, *more]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_arms_run_once_and_the_report_is_of_what_they_left(
-    model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output, rows = tmp_path / "out", write_rows(PAIRS)
     probe = tmp_path / "probe.txt"
     probe.write_text("Rivers run to the sea.\n\nBread is baked.\n")
@@ -75,14 +75,11 @@ def test_an_arm_is_the_run_of_bnf_train_with_its_flags(
     """The comparison adds no training semantics of its own: the same loss curve as python -m bnf_train."""
     rows = write_rows(PAIRS)
     given = flags(model_folder, rows, tmp_path / "out")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bnf_train.compare", "--arms", "simpo beta=3", *given]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    children.run("-m", "bnf_train.compare", "--arms", "simpo beta=3", *given)
     arm = json.loads((tmp_path / "out/compare.json").read_text())["runs"][0]
     alone = [x for x in given[5:] if not x.startswith("--output_dir")]
-    command = [sys.executable, "-m", "bnf_train", "--objective=simpo", "--beta=3", "--seed=0", f"--model={model_folder}"]
-    command += [f"--dataset={rows}", f"--output_dir={tmp_path / 'alone'}", "--no_reference_cache", *alone]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    paths = [f"--model={model_folder}", f"--dataset={rows}", f"--output_dir={tmp_path / 'alone'}"]
+    assert train(["--objective=simpo", "--beta=3", "--seed=0", *paths, "--no_reference_cache", *alone]) == 0
     log = json.loads((tmp_path / "alone/metrics.json").read_text())["log"]
     assert arm["losses"] == [entry["loss"] for entry in log if "loss" in entry]
 

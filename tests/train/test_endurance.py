@@ -47,6 +47,7 @@ FLAGS = {
     "--disable_tqdm": "true",
 }
 STEPS = 9
+HANGS = 600  # seconds: a guard against waiting forever, no measure of anything
 
 
 class Ended(NamedTuple):
@@ -122,9 +123,8 @@ def train(forks: ForkServerContext, model_folder: Path, write_rows: Callable[...
         arguments = base | {"--output_dir": str(output)} | {f"--{name}": value for name, value in flags.items()}
         process = forks.Process(target=run, args=(arguments, log, *when))
         process.start()
-        process.join(seconds)
-        if seconds is not None:
-            process.kill()
+        process.join(HANGS if seconds is None else seconds)
+        process.kill()  # where it has not ended
         process.join()
         printed = log.read_text() if log.exists() else ""
         count = printed.rpartition("\ncounted ")[2].strip()
@@ -412,11 +412,11 @@ def test_command_line_exit_code(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as process:
         try:
-            until = time.monotonic() + 120
+            until = time.monotonic() + HANGS
             while not checkpoint.checkpoints(output) and time.monotonic() < until:
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            _, error = process.communicate(timeout=60)
+            _, error = process.communicate(timeout=HANGS)
         finally:
             process.kill()
     assert process.returncode == 143, error

@@ -2,6 +2,7 @@
 
 import json
 import random
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bnf_train.data import Row, Rules, read_rows, tokenize
 from bnf_train.errors import UsageError
+
+pytestmark = pytest.mark.child  # native readers get damaged bytes
 
 USER = {"role": "user", "content": "hé 你好"}
 WELL, BADLY = ({"role": "assistant", "content": text} for text in ("well\n", "badly"))
@@ -206,3 +209,21 @@ def test_damaged_folders_of_the_datasets_library(tokenizer: PreTrainedTokenizerF
             check(outcome(folder, tokenizer), folder)
         except Exception as error:
             raise AssertionError(f"{folder.name}: {file.name}") from error
+
+
+def test_offsets_that_leave_their_buffer_are_refused_and_not_followed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Texts lie one behind the other, and where each begins is a number in the file."""
+    import datasets
+
+    datasets.Dataset.from_list(SINGLES).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    begins = [sum(len(row["prompt"].encode()) for row in SINGLES[:i]) for i in range(len(SINGLES))]
+    good, bad = (struct.pack(f"<{len(at)}i", *at) for at in (begins, [*begins[:-1], 2**31 - 1]))
+    assert file.read_bytes().count(good) == 1
+    file.write_bytes(file.read_bytes().replace(good, bad))
+    result = outcome(tmp_path / "saved", tokenizer)
+    assert isinstance(result, str)
+    assert "could not be read" in result
+    check(result, tmp_path / "saved")

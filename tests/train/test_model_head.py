@@ -160,7 +160,9 @@ def test_head_and_objective_are_the_papers_loss() -> None:
 
 
 @torch.compiler.set_stance("force_eager")  # flex_attention uncompiled: minutes of a C++ compiler
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa_by_response", "flex_attention"])
+@pytest.mark.parametrize(
+    "attention", ["eager", "sdpa", "sdpa_by_response", pytest.param("flex_attention", marks=pytest.mark.child)]
+)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "cohere", "phi"])
 def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
     """For every attention implementation on a CPU; responses of very different lengths, in both orders."""

@@ -80,6 +80,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield page
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_report_in_a_browser_on_a_phone(page: Any, written: Path) -> None:
     page.open(written / "report.html", width=360)
     assert page.evaluate("innerWidth") == 360
@@ -128,6 +129,7 @@ def test_the_report_in_a_browser_on_a_phone(page: Any, written: Path) -> None:
     assert base64.b64decode(page.call("Page.captureScreenshot")["data"]).startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_page_of_a_run_without_held_out_rows(page: Any, config: BNFConfig, tmp_path: Path) -> None:
     report.write(tmp_path, config, [{"step": 1, "loss": 0.5}], {})
     page.open(tmp_path / "report.html", width=360)
@@ -138,6 +140,7 @@ def test_the_page_of_a_run_without_held_out_rows(page: Any, config: BNFConfig, t
     assert "No rows were held out" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_file_needs_nothing_else_and_escapes_all_text(written: Path) -> None:
     html = (written / "report.html").read_text(encoding="utf-8")
     assert "<script" not in html
