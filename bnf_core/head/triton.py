@@ -22,8 +22,8 @@ from bnf_core.head.transform import HeadOptions
 
 __all__ = ["TRITON", "Launch", "record_launches"]
 
-BLOCK = 2048  # entries of a row that a program holds at once
-WARPS = 4  # 16 entries a thread
+BLOCK = 1024  # entries of a row that a program holds at once
+WARPS = 4  # 8 entries a thread, two loads of 16 bytes
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no libdevice
     import numpy as np
@@ -169,7 +169,7 @@ def _run(tile: Tile, rows: Rows, bias: Tensor | None, start: int, options: HeadO
 
 
 def _statistics(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, block = len(rows.labels), 256
+    tokens, block = len(rows.labels), 128
     log_odds, entropy, lse = (torch.empty_like(rows.z_target) for _ in range(3))
     unsound = torch.zeros((), dtype=torch.int32, device=lse.device)
     launch(
