@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bnf_core._checks import (
     IGNORE,
@@ -18,11 +19,11 @@ from bnf_core._checks import (
     holds_numbers,
     label_ids,
 )
-from bnf_core.head.autograd import FOLDS, TOKEN_LOSSES, ClosureLoss, log_odds_op, token_loss_op
+from bnf_core.head.autograd import FOLDS, TOKEN_LOSSES, ClosureLoss, log_odds_op, refuse, token_loss_op
 from bnf_core.head.closure import TokenLoss
 from bnf_core.head.layout import layout
 from bnf_core.head.naive import log_odds_naive, token_log_odds, token_loss_naive
-from bnf_core.head.transform import HeadOptions
+from bnf_core.head.transform import HeadOptions, autocast_dtype, without_autocast
 
 __all__ = ["IMPLEMENTATIONS", "TOKEN_LOSSES", "head_workspace", "linear_log_odds", "linear_token_loss", "token_log_odds"]
 
@@ -88,7 +89,7 @@ def linear_log_odds(
     options, name, labels = _checked(hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact)
     if name == "naive":
         kept, (hidden, targets) = _chosen(labels, len(weight), hidden, labels)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             log_odds, entropy = log_odds_naive(hidden, weight, targets, bias, options)
         return _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
     log_odds, entropy, _ = log_odds_op(hidden, weight, labels, bias, *_plain(options), name)
@@ -150,7 +151,7 @@ def linear_token_loss(
     constants = [values.detach() for values in per_token]
     if name == "naive":
         kept, (hidden, targets, *constants) = _chosen(labels, len(weight), hidden, labels, *constants)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             loss, log_odds, entropy = token_loss_naive(hidden, weight, targets, bias, options, token_loss, tuple(constants))
         return loss, _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
     # a Parameter asks for a gradient under no_grad, too, where none is wanted
@@ -172,6 +173,13 @@ def _with_closure(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 _UNTRACED = "linear_token_loss calls a function of yours on some tokens at a time: torch.compile breaks its graph here."
 _with_closure = torch.compiler.disable(_with_closure, reason=_UNTRACED)  # type: ignore[no-untyped-call]
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    """An operator would drop it without a word."""
+    if x is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _plain(options: HeadOptions) -> tuple[float | None, float, torch.dtype, int | None, bool]:
@@ -273,6 +281,8 @@ def _checked(
     if implementation == "triton" and not triton_runs_on(hidden.device):
         raise ValueError(f"implementation: 'triton' needs the triton package and a CUDA device, got {hidden.device}.")
     compute = torch.promote_types(hidden.dtype, weight.dtype)
-    if compute != torch.float64 and torch.is_autocast_enabled(hidden.device.type):  # autocast leaves float64 alone
-        compute = torch.get_autocast_dtype(hidden.device.type)
+    if compute != torch.float64:  # which autocast leaves alone
+        compute = autocast_dtype(hidden.device.type) or compute
+    if implementation != "naive" and any(_has_tangent(x) for x in (hidden, weight, bias)):
+        refuse("forward-mode differentiation")
     return HeadOptions(softcap, logit_scale, compute, chunk_size, exact), implementation, ids

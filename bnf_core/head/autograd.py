@@ -17,9 +17,9 @@ from bnf_core._checks import IGNORE, check_labels
 from bnf_core.head.chunked import Gradients, log_odds_backward, log_odds_forward, one_pass
 from bnf_core.head.closure import TokenLoss
 from bnf_core.head.folds import COMPILED, EAGER, FirstThatCompiles, Fold
-from bnf_core.head.transform import HeadOptions
+from bnf_core.head.transform import HeadOptions, without_autocast
 
-__all__ = ["FOLDS", "TOKEN_LOSSES", "ClosureLoss", "log_odds_op", "token_loss_op"]
+__all__ = ["FOLDS", "TOKEN_LOSSES", "ClosureLoss", "log_odds_op", "refuse", "token_loss_op"]
 
 TOKEN_LOSSES: dict[str, TokenLoss] = {}  # by name; pure functions
 
@@ -91,7 +91,7 @@ def log_odds_op(
     """Log-odds, entropy and logsumexp of the others, (tokens,) each; labels are int64."""
     options = HeadOptions(softcap, logit_scale, compute, chunk_size, exact)
     kept = _kept(labels, len(weight))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         chosen, targets = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
         results = log_odds_forward(chosen, weight, bias, targets, options, _fold(implementation, hidden.device))
     log_odds, entropy, lse = (_restored(values, kept, len(labels)) for values in results)
@@ -125,7 +125,7 @@ def log_odds_backward_op(
     tokens = len(labels)
     if kept is not None:
         coefficient, lse, hidden, labels = coefficient[kept], lse[kept], hidden[kept], labels[kept]
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         fold, asked = _fold(implementation, hidden.device), (wanted[0], wanted[1], wanted[2])
         gradients = log_odds_backward(coefficient, lse, hidden, weight, bias, labels, options, fold, asked)
         dtypes = hidden.dtype, weight.dtype, lse.dtype if bias is None else bias.dtype
@@ -213,7 +213,7 @@ def _token_loss(
     values = tuple(per_token)
     if kept is not None:
         hidden, labels, values = hidden[kept], labels[kept], tuple(x[kept] for x in values)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         fold, asked = _fold(implementation, hidden.device), (wanted[0], wanted[1], wanted[2])
         loss, log_odds, entropy, gradients = one_pass(hidden, weight, bias, labels, options, fold, asked, token_loss, values)
         found = _or_empty(gradients, kept, tokens, hidden)
@@ -221,8 +221,8 @@ def _token_loss(
 
 
 def _setup_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, bias, *_ = inputs
-    ctx.inputs, ctx.used = len(inputs), False
+    hidden, weight, _, bias, per_token, *_ = inputs
+    ctx.inputs, ctx.per_token, ctx.used = len(inputs), len(per_token), False
     ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
@@ -235,7 +235,7 @@ def _token_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[A
         return None, None, None, None, *rest
     tracing = type(grad_loss) is not Tensor  # by torch.compile: no number to look at, and nothing to overwrite
     if torch.is_grad_enabled() and not tracing:
-        _refuse("double backward")
+        refuse("double backward")
     if ctx.used:
         raise RuntimeError("linear_token_loss: its gradients were used up by an earlier backward; call it again.")
     ctx.used = not tracing
@@ -253,6 +253,11 @@ def _token_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[A
     return dhidden, dweight, None, dbias, *rest
 
 
+def _token_loss_op_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    found = _token_loss_backward(ctx, *grads)
+    return *found[:4], [None] * ctx.per_token, *found[5:]  # as its inputs are: a list of tensors
+
+
 class ClosureLoss(torch.autograd.Function):
     """`token_loss_op` with a function in place of a name."""
 
@@ -265,14 +270,10 @@ class ClosureLoss(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
-        _refuse("vmap")
-
-    @staticmethod
-    def jvp(*_: Any) -> NoReturn:
-        _refuse("forward-mode differentiation")
+        refuse("vmap")
 
 
-def _refuse(what: str, *_: Any) -> NoReturn:
+def refuse(what: str, *_: Any) -> NoReturn:
     raise RuntimeError(
         f"the log-odds head computes its gradients itself, so {what} is not supported; "
         "implementation='naive' (all logits, plain autograd) has it."
@@ -280,15 +281,15 @@ def _refuse(what: str, *_: Any) -> NoReturn:
 
 
 def _refuse_double_backward(*_: Any) -> NoReturn:
-    _refuse("double backward")
+    refuse("double backward")
 
 
 def _refuse_vmap(*_: Any) -> NoReturn:
-    _refuse("vmap")
+    refuse("vmap")
 
 
 log_odds_op.register_autograd(_log_odds_backward, setup_context=_setup_log_odds)
 log_odds_backward_op.register_autograd(_refuse_double_backward)
-token_loss_op.register_autograd(_token_loss_backward, setup_context=_setup_token_loss)
+token_loss_op.register_autograd(_token_loss_op_backward, setup_context=_setup_token_loss)
 for _operator in (log_odds_op, log_odds_backward_op, token_loss_op):
     _operator.register_vmap(_refuse_vmap)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bnf_core._checks import IGNORE, check_floating, check_labels, check_same_device
+from bnf_core._checks import IGNORE, check_floating, check_labels, check_same_device, holds_numbers
 from bnf_core.head.closure import TokenLoss, value_and_slope
 from bnf_core.head.transform import HeadOptions, binary_entropy
 
@@ -82,5 +82,6 @@ def token_loss_naive(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_token_loss`, by autograd. Labels hold token ids only."""
     log_odds, entropy = log_odds_naive(hidden, weight, labels, bias, options)
-    value_and_slope(token_loss, log_odds.detach(), per_token, log_odds.requires_grad)  # its checks
+    if holds_numbers(log_odds):
+        value_and_slope(token_loss, log_odds.detach(), per_token, log_odds.requires_grad)  # its checks
     return token_loss(log_odds, *per_token).sum(), log_odds.detach(), entropy

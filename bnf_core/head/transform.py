@@ -8,14 +8,29 @@ A tile holds the ratio of a logit to its unit, which is what its exponential and
 An infinite logit stays infinite under a cap: a token that is ruled out (-inf) stays ruled out, and bad input (+inf) bad.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["HeadOptions", "binary_entropy"]
+__all__ = ["HeadOptions", "autocast_dtype", "binary_entropy", "without_autocast"]
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast rounds operands to where it is on; None where it is off, or the device (meta) has none."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The head rounds its operands itself."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
