@@ -2,6 +2,7 @@
 
     python -m bnf_core.benchmark                                   # SmolLM2's head on a CPU, Llama-3's and Gemma-2's on a GPU
     python -m bnf_core.benchmark --shape 2048x576x49152 --dtype autocast --repeats 7
+    python -m bnf_core.benchmark --roofline h100                   # needs no GPU: an estimate from what the code does
 
 --dtype autocast is mixed precision as in training: a float32 weight under bf16 autocast. With a bf16 weight dweight is
 bf16 too, but summed in float32, which the column of extra memory shows.
@@ -18,6 +19,7 @@ import ctypes
 import functools
 import gc
 import importlib
+import itertools
 import json
 import platform
 import statistics
@@ -36,6 +38,8 @@ from bnf_core.benchmark_peers import about, check, peers, reason, wrong
 from bnf_core.fused import linear_bnf_loss
 from bnf_core.head import IMPLEMENTATIONS, linear_log_odds, triton_runs_on
 from bnf_core.objectives import bnf
+from bnf_core.roofline import DEVICES, SHAPES
+from bnf_core.roofline import table as roofline
 
 CPU_SHAPES = ["2048x576x49152", "1024x2048x128256"]
 GPU_SHAPES = ["8192x4096x128256", "8192x3584x256000", "32768x4096x128256"]
@@ -258,7 +262,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="only candidates whose name contains this")
     parser.add_argument("--check", action="store_true", help="errors of the peers' gradients, on a small shape, beforehand")
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="writes OUTPUT.json and OUTPUT.png")
+    parser.add_argument(
+        "--roofline", choices=DEVICES, help="no run: what the heads of SHAPES would take there (bnf_core/roofline.py)"
+    )
     options = parser.parse_args(arguments)
+    if options.roofline:
+        for name, recompute in itertools.product(SHAPES, (False, True)):
+            print(roofline(name, options.roofline, recompute=recompute))
+        return
     rows = []
     processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads")

@@ -179,7 +179,7 @@ def _has_tangent(x: Tensor | None) -> bool:
     """An operator would drop it without a word."""
     if x is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(x).tangent is not None
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _plain(options: HeadOptions) -> tuple[float | None, float, torch.dtype, int | None, bool]:
