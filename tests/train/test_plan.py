@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from bnf_train import demo, plan
 from bnf_train.packed_attention import attend_by_response
 
-
 measured_once = functools.cache(plan.base_bytes)  # in a process that imports everything, for every plan
 
 
