@@ -1,10 +1,13 @@
 """A tiny model folder with a byte-level tokenizer: everything real, nothing pretrained."""
 
 import json
+import multiprocessing.forkserver
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import children
 import huggingface_hub
 import pytest
 import torch
@@ -103,3 +106,14 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def forks() -> ForkServerContext:
+    """Processes forked from one that has imported everything, by `preloaded.py`: an import takes longer than a run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", children.PYTHONPATH)  # where it finds `preloaded`; it would go on without
+        multiprocessing.forkserver.ensure_running()
+    return context

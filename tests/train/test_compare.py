@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,14 @@ def flags(model_folder: Path, rows: Path, output: Path, *more: str) -> list[str]
 
 @pytest.mark.usefixtures("rendered")
 def test_arms_run_once_and_the_report_is_of_what_they_left(
-    model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path
+    model_folder: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    forks: ForkServerContext,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # in the next test they start as they do for a user
+    monkeypatch.setattr("bnf_train.compare.multiprocessing.get_context", lambda method: forks)
     output, rows = tmp_path / "out", write_rows(PAIRS)
     probe = tmp_path / "probe.txt"
     probe.write_text("Rivers run to the sea.\n\nBread is baked.\n")

@@ -4,7 +4,6 @@ Runs are processes of their own, forked from one that has imported everything: a
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -60,10 +59,10 @@ class Ended(NamedTuple):
 
 def run(flags: dict[str, str], log: Path, what: str = "", at: int = 0, number: int = signal.SIGKILL) -> None:
     """In a child: `python -m bnf_train`, which gets a signal at the at-th event: "file", "file in FOLDER", "micro-batch"."""
-    torch.set_num_threads(1)
+    assert "preloaded" in sys.modules
     from bnf_train import __main__, report, trainer
 
-    report.write = lambda *args: None  # its drawings take longer than the run
+    report.write = lambda *args: None
     counted = 0
 
     def count(kind: str) -> None:
@@ -95,17 +94,6 @@ def run(flags: dict[str, str], log: Path, what: str = "", at: int = 0, number: i
         code = __main__.main([part for pair in flags.items() for part in pair])
         file.write(f"\ncounted {counted}\n")
     sys.exit(code)
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServerContext]:
-    context = multiprocessing.get_context("forkserver")
-    before = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    context.set_forkserver_preload(["bnf_train.__main__", "bnf_train.trainer", "bnf_train.report", "matplotlib.pyplot"])
-    yield context
-    os.environ.clear()
-    os.environ |= before
 
 
 Run = Callable[..., Ended]
@@ -409,8 +397,7 @@ def test_command_line_exit_code(
     flags = FLAGS | {"--num_train_epochs": "10000", "--model": str(model_folder), "--dataset": str(write_rows(PAIRS))}
     output = tmp_path / "out"
     command = [sys.executable, "-m", "bnf_train", "--output_dir", str(output), *(p for pair in flags.items() for p in pair)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         try:
             until = time.monotonic() + HANGS
             while not checkpoint.checkpoints(output) and time.monotonic() < until:
