@@ -265,6 +265,7 @@ def table(name: str, device_name: str, **options: Any) -> str:
     summed, what = pieces["float32 sum of dweight"], "a float32 sum of dweight"
     if not summed and not options.get("recompute") and found.group == tokens:
         summed, what = pieces["exponentials"], "exponentials of all tokens, in place of a float32 sum of dweight"
-    lines.append(f"memory beyond the gradients: {(found.peak - summed) / 2**20:.0f} MiB, and {summed / 2**20:.0f} MiB {what}")
+    apart = f", and {summed / 2**20:.0f} MiB {what}" if summed else ""
+    lines.append(f"memory beyond the gradients: {(found.peak - summed) / 2**20:.0f} MiB{apart}")
     lines += [f"  {size / 2**20:7.0f} MiB {piece}" for piece, size in pieces.items() if size]
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Do the tests notice? Breaks bnf_core in one place at a time and runs tests/core on each broken copy. By hand, not in CI:
 
-    python tests/mutate.py [how many, at random; default all]
+    python tests/mutate.py [how many, at random; default all] [seed]
 
-Mutants: + and - swapped, * and / swapped, a minus dropped, a comparison negated, min and max swapped, mean for sum, a
-detach dropped, exp() + 1e-6, a constant moved by one. Prints the survivors and the share killed.
+Every file but the benchmarks, Triton's kernels (under its interpreter) too. Mutants: + and - swapped, * and / swapped, a
+minus dropped, a comparison negated, min and max swapped, mean for sum, a detach dropped, exp() + 1e-6, a constant moved by
+one. Prints the survivors and the share killed.
 """
 
 import ast
@@ -20,14 +21,17 @@ import pytest
 import torch  # noqa: F401  (imported once, before every child is forked)
 
 ROOT = Path(__file__).parent.parent
-FILES = ["reference.py", "batch.py", "constraints.py", "fused.py", "head/__init__.py", "head/naive.py", "head/chunked.py"]
-FILES += ["objectives/bnf.py", "objectives/likelihood.py", "objectives/pairwise.py", "objectives/unpaired.py"]
-TESTS = ["values", "head", "token_loss", "reference_errors", "objectives", "pairwise", "reference", "properties"]
-FIRST = {"reference.py": "reference", "constraints.py": "pairwise", "batch.py": "pairwise"}  # who is likely to notice
+ASIDE = ["__init__.py", "benchmark.py", "benchmark_peers.py"]  # names; what measures, and is looked at by eye
+FILES = sorted(str(p.relative_to(ROOT / "bnf_core")) for p in (ROOT / "bnf_core").rglob("*.py"))
+FILES = [name for name in FILES if name not in ASIDE and name != "objectives/__init__.py"]
+TESTS = ["values", "objectives", "token_loss", "head_faults", "head", "reference_errors", "reference", "pairwise", "roofline"]
+TESTS += ["analysis", "properties"]
+FIRST = {"reference.py": "reference", "constraints.py": "pairwise", "batch.py": "pairwise", "analysis.py": "analysis"}
+FIRST |= {"roofline.py": "roofline", "head/layout.py": "roofline", "_checks.py": "reference_errors"}  # who is likely to notice
 SWAP = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 NEGATE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 RENAME = {"min": "max", "max": "min", "amax": "amin", "expm1": "exp", "log1p": "log", "mean": "sum", "relu": "sigmoid"}
-SIZES = ("CHUNK_BYTES", "BLOCK_BYTES", "size", "held")  # assignments where any value gives the same numbers
+SIZES = ("MIB", "BUDGETS", "WIDEST", "BLOCK", "WARPS", "DEVICES")  # assignments where any value gives the same numbers
 
 
 def mutations(node: ast.AST) -> Iterator[ast.AST]:
@@ -81,7 +85,18 @@ def killed(path: str, number: int) -> tuple[bool, str]:
             os.chdir(folder)
             sys.path.insert(0, folder)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+            options = [
+                "-x",
+                "-q",
+                "-m",
+                "not child",
+                "-p",
+                "no:cacheprovider",
+                "--rootdir",
+                str(ROOT),
+                "-c",
+                str(ROOT / "pyproject.toml"),
+            ]
             with contextlib.suppress(BaseException):
                 names = sorted(TESTS, key=lambda name: name != FIRST.get(path))
                 os._exit(pytest.main([*options, *(f"{ROOT}/tests/core/test_{name}.py" for name in names)]))
@@ -94,7 +109,7 @@ if __name__ == "__main__":
     for path in FILES:
         (count := Rewrite()).visit(ast.parse((ROOT / "bnf_core" / path).read_text()))
         places += [(path, number) for number in range(count.seen)]
-    random.Random(0).shuffle(places)
+    random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0).shuffle(places)
     places = places[: int(sys.argv[1]) if len(sys.argv) > 1 else None]
     survivors = [what for dead, what in (killed(*place) for place in places) if not dead and not print("survived:", what)]
     print(f"{len(places) - len(survivors)} of {len(places)} mutants killed ({1 - len(survivors) / len(places):.1%})")

@@ -63,8 +63,8 @@ def linear_log_odds(
       softcap: final logit soft-capping (Gemma-2: 30.0); None for none.
       logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
       implementation: "naive" (all logits, autograd), "chunked" (any device), "compiled" (the same, its element-wise
-        part through torch.compile), "triton" (CUDA), or "auto": "triton" on a GPU where it is installed, "compiled" on
-        one where it is not, else "chunked".
+        part through torch.compile), "triton" (the same through a kernel, CUDA), or "auto": "chunked" on a CPU, on a GPU the
+        first of "triton", "compiled" and "chunked" whose compiler works there, after one line in the log.
       chunk_size: tokens whose logits are held at a time; None lets the implementation choose.
       exact: logits of bf16 and fp16 operands keep float32's digits. False lets them be rounded to the operands' dtype
         where that is faster (a CPU whose bf16 unit is not AMX); a token's log-odds then carry errors of 0.4 % of its
@@ -120,7 +120,8 @@ def linear_token_loss(
     Args:
       hidden, weight, labels, bias, softcap, logit_scale, implementation, chunk_size, exact: as for `linear_log_odds`.
       token_loss: (log_odds, *per_token) -> loss of each token, differentiable in log_odds. Called on some of the tokens
-        at a time; each must not depend on the others.
+        at a time; each must not depend on the others. Whatever else it uses is a constant: a parameter inside it would get
+        no gradient, and is refused. torch.compile breaks its graph here, but for the losses in TOKEN_LOSSES (BNF's).
       per_token: tensors of one entry per token, constants.
 
     Returns:
@@ -128,7 +129,9 @@ def linear_token_loss(
       -100. Without response tokens the loss is a differentiable 0. Its gradients can be used once.
 
     Raises:
-      ValueError: as `linear_log_odds`, or a per-token tensor of another length.
+      ValueError: as `linear_log_odds`, a per-token tensor of another length, or a token_loss that gives anything but one
+        loss a token or depends on something else that requires a gradient.
+      RuntimeError: double backward, vmap or forward mode (also of `linear_log_odds`), but for "naive"; gradients used twice.
 
     Example:
       Cross-entropy, -log pi_y = -log sigmoid(l), of logits (2, 1, 1):

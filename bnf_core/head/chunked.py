@@ -161,7 +161,8 @@ class _Head:
         self.narrow = None
         if self.held is None and size.wanted[0]:
             self.narrow = self.raw if in_place else space(tile, self.operand)
-        self.scratch = [space(tile, self.wide) for _ in range(2)] if self.fold.scratch else []
+        scratch = self.fold.scratch and not self.mean_from_hidden  # where the mean is, everything is done in place
+        self.scratch = [space(tile, self.wide) for _ in range(2)] if scratch else []
         self.copies = {dtype: space(size.block * size.dim, dtype) for dtype in size.copies}
         rounds = not size.on_gpu and self.operand != self.wide
         self.rounding = rounding_scratch(size.dim, self.operand, device) if rounds else None

@@ -115,12 +115,15 @@ def _finish_targets(tile: Tile, rows: Rows, start: int, options: HeadOptions, su
 
 def _exponentials(tile: Tile, rows: Rows, bias: Tensor | None, options: HeadOptions, sums: bool, with_mean: bool) -> None:
     raw, others = options.ratio_(tile.raw, bias), tile.others
-    log2 = torch.empty_like(raw, dtype=rows.sumexp.dtype) if tile.log2 is None else tile.log2
-    wide = torch.empty_like(log2) if tile.wide is None else tile.wide
-    if others is not None and others.dtype == wide.dtype:  # as few places as can be
+    wide, log2 = tile.wide, tile.log2  # as few places as can be
+    if others is not None and others.dtype == rows.sumexp.dtype:
         wide = others
+    elif wide is None:
+        wide = torch.empty_like(raw, dtype=rows.sumexp.dtype)
     if options.softcap is None and not with_mean:
         log2 = wide
+    elif log2 is None:
+        log2 = torch.empty_like(wide)
     torch.add(rows.minus_log2_base.unsqueeze(1), raw, alpha=options.per_ratio, out=log2)
     torch.exp2(log2, out=wide)
     if sums:

@@ -86,7 +86,7 @@ class Layout:
         return {
             "logits of a tile": 0 if in_place and not self.on_gpu else tile * self.raw.itemsize,
             "exponentials": held * narrow if held else (tile * narrow if self.wanted[0] else 0),
-            "scratch of the eager fold": 2 * tile * wide if scratch else 0,
+            "scratch of the eager fold": 2 * tile * wide if scratch and not (in_place and self.wanted[0]) else 0,
             "copies of the weight": self.block * self.dim * sum(dtype.itemsize for dtype in self.copies),
             "hidden states, scaled": scaled * self.dim * narrow if self.wanted[1] else 0,
             "float32 sum of dhidden": (self.tokens if self.recompute else self.chunk) * self.dim * wide * self.sums_hidden,
@@ -121,10 +121,11 @@ def layout(
     tile = budget.tile // wide.itemsize
     holds = (wanted[1] or wanted[2]) and not recompute
     room = budget.exponentials
-    if not on_gpu and operand != wide:  # tiles in both dtypes, and copies of the weight for exact logits
+    if not on_gpu and operand != wide:  # tiles in both dtypes
         # beside the float32 sum of a bf16 weight's gradient tiles are small; beside a float32 weight they count
         room -= (5 if weight_dtype == wide else 2) * budget.tile
-        room -= 0 if rounds else budget.copies
+    if not on_gpu and copies and not rounds:
+        room -= budget.copies
     most = math.isqrt(tile) if budget.tokens is None else budget.tokens
     if holds:
         fits = max(room // (vocab * operand.itemsize), 1)

@@ -1,6 +1,5 @@
 """Every log-odds head against 60-digit arithmetic and against the plain version's own error."""
 
-import os
 from typing import Any
 
 import oracle
@@ -63,8 +62,6 @@ def test_token_log_odds_is_exact(case: Responses) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-d{}-V{}-C{}".format(*s))
 def test_gradcheck(implementation: str, options: dict[str, Any], shape: tuple[int, int, int, int]) -> None:
-    if implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("thousands of launches take minutes under Triton's interpreter")
     inputs = problem(shape)
     fixed = {"labels": inputs["labels"], "chunk_size": inputs["chunk_size"], "implementation": implementation}
     if shape[2] == 1:  # l = inf and no gradient at all
@@ -79,7 +76,9 @@ def test_gradcheck(implementation: str, options: dict[str, Any], shape: tuple[in
     def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return linear_log_odds(hidden, weight, bias=bias, **fixed, **options)[0]
 
-    assert torch.autograd.gradcheck(head, (inputs["hidden"], inputs["weight"], inputs["bias"]))
+    # along random directions (fast mode), or for each number by itself: hundreds of calls
+    every_number = shape == SHAPES[0] and implementation in ("naive", "chunked")
+    assert torch.autograd.gradcheck(head, (inputs["hidden"], inputs["weight"], inputs["bias"]), fast_mode=not every_number)
 
 
 @every_implementation
