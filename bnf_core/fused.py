@@ -2,15 +2,16 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bnf_core._checks import IGNORE, check_floating
-from bnf_core.head import TOKEN_LOSSES, linear_token_loss
+from bnf_core.head import TOKEN_LOSSES, NamedLoss, linear_token_loss
 from bnf_core.objectives import bnf_weight
 
-__all__ = ["linear_bnf_loss", "weighted_nll"]
+__all__ = ["BNF_LOSS", "linear_bnf_loss"]
 
 
 def linear_bnf_loss(
@@ -72,4 +73,9 @@ def weighted_nll(log_odds: Tensor, ref_log_odds: Tensor, coefficient: Tensor) ->
     return -coefficient * bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) * F.logsigmoid(log_odds)
 
 
-TOKEN_LOSSES["bnf"] = weighted_nll
+def weighted_nll_slope(log_odds: Tensor, ref_log_odds: Tensor, coefficient: Tensor) -> Tensor:
+    """Its derivative in the log-odds, w a constant: -coefficient * w * (1 - pi_y)."""
+    return -coefficient * bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) * torch.sigmoid(-log_odds)
+
+
+BNF_LOSS = TOKEN_LOSSES["bnf"] = NamedLoss(weighted_nll, weighted_nll_slope)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnf_core.fused import weighted_nll
+from bnf_core.fused import BNF_LOSS
 from bnf_core.head.chunked import log_odds_backward, log_odds_forward, one_pass
 from bnf_core.head.layout import layout
 from bnf_core.head.transform import HeadOptions
@@ -223,7 +223,7 @@ def estimate(
             _, _, lse = log_odds_forward(hidden, weight, offset, labels, head, TRITON)
             gradients = log_odds_backward(values[0], lse, hidden, weight, offset, labels, head, TRITON, wanted)
         else:
-            *_, gradients = one_pass(hidden, weight, offset, labels, head, TRITON, wanted, weighted_nll, values)
+            *_, gradients = one_pass(hidden, weight, offset, labels, head, TRITON, wanted, BNF_LOSS, values)
     returned = sum(g.untyped_storage().nbytes() for g in gradients if g is not None)
     sizes = layout(
         tokens, dim, vocab, head, hidden_dtype=dtype, weight_dtype=dtype, on_gpu=True, wanted=wanted, recompute=recompute

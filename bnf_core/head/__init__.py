@@ -20,12 +20,20 @@ from bnf_core._checks import (
     label_ids,
 )
 from bnf_core.head.autograd import FOLDS, TOKEN_LOSSES, ClosureLoss, log_odds_op, refuse, token_loss_op
-from bnf_core.head.closure import TokenLoss
+from bnf_core.head.closure import NamedLoss, TokenLoss
 from bnf_core.head.layout import layout
 from bnf_core.head.naive import log_odds_naive, token_log_odds, token_loss_naive
 from bnf_core.head.transform import HeadOptions, autocast_dtype, without_autocast
 
-__all__ = ["IMPLEMENTATIONS", "TOKEN_LOSSES", "head_workspace", "linear_log_odds", "linear_token_loss", "token_log_odds"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "TOKEN_LOSSES",
+    "NamedLoss",
+    "head_workspace",
+    "linear_log_odds",
+    "linear_token_loss",
+    "token_log_odds",
+]
 
 IMPLEMENTATIONS = ("naive", *FOLDS)
 
@@ -159,8 +167,8 @@ def linear_token_loss(
         return loss, _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
     # a Parameter asks for a gradient under no_grad, too, where none is wanted
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    for known, function in TOKEN_LOSSES.items():
-        if function is token_loss:
+    for known, named in TOKEN_LOSSES.items():
+        if named.loss is token_loss:
             results = token_loss_op(hidden, weight, labels, bias, constants, known, *_plain(options), name, wanted)
             return results[0], results[1], results[2]
     loss, log_odds, entropy, *_ = _with_closure(hidden, weight, labels, bias, constants, token_loss, options, name, wanted)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from bnf_core._checks import IGNORE, check_labels
 from bnf_core.head.chunked import Gradients, log_odds_backward, log_odds_forward, one_pass
-from bnf_core.head.closure import TokenLoss
+from bnf_core.head.closure import NamedLoss, TokenLoss
 from bnf_core.head.folds import COMPILED, EAGER, FirstThatCompiles, Fold
 from bnf_core.head.transform import HeadOptions, without_autocast
 
 __all__ = ["FOLDS", "TOKEN_LOSSES", "ClosureLoss", "log_odds_op", "refuse", "token_loss_op"]
 
-TOKEN_LOSSES: dict[str, TokenLoss] = {}  # by name; pure functions
+TOKEN_LOSSES: dict[str, NamedLoss] = {}
 
 
 def _triton() -> Fold:
@@ -204,7 +204,7 @@ def _token_loss(
     labels: Tensor,
     bias: Tensor | None,
     per_token: Sequence[Tensor],
-    token_loss: TokenLoss,
+    token_loss: TokenLoss | NamedLoss,
     options: HeadOptions,
     implementation: str,
     wanted: Sequence[bool],

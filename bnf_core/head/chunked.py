@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bnf_core.head.closure import TokenLoss, value_and_slope
+from bnf_core.head.closure import NamedLoss, TokenLoss, value_and_slope
 from bnf_core.head.folds import Fold, Rows, Tile, put_targets
 from bnf_core.head.layout import Layout, layout
 from bnf_core.head.products import exact_unit, on_huge_pages, product, rounding_scratch
@@ -74,7 +74,7 @@ def one_pass(
     options: HeadOptions,
     fold: Fold,
     wanted: Wanted,
-    token_loss: TokenLoss,
+    token_loss: TokenLoss | NamedLoss,
     per_token: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Sum of token_loss, log-odds, entropy, and the gradients of the sum."""

@@ -1,26 +1,36 @@
-"""A loss of one's own on the log-odds of some tokens: called, checked, differentiated."""
+"""A loss on the log-odds of some tokens: one of the caller's own is called, checked and differentiated."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bnf_core._checks import describe
 
-__all__ = ["TokenLoss", "value_and_slope"]
+__all__ = ["NamedLoss", "TokenLoss", "value_and_slope"]
 
 TokenLoss = Callable[..., Tensor]  # (log_odds, *per_token) -> loss of each token
 
 
+class NamedLoss(NamedTuple):
+    """A loss with its derivative in the log-odds, same arguments: inside an operator autograd does not record."""
+
+    loss: TokenLoss
+    slope: TokenLoss
+
+
 def value_and_slope(
-    token_loss: TokenLoss, log_odds: Tensor, per_token: tuple[Tensor, ...], wanted: bool
+    token_loss: TokenLoss | NamedLoss, log_odds: Tensor, per_token: tuple[Tensor, ...], wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of the losses of some tokens, and if `wanted` the derivative of each in its log-odds, both constants.
 
     Raises:
       ValueError: token_loss gives anything but one loss per token, or depends on something else with a gradient.
     """
+    if isinstance(token_loss, NamedLoss):
+        slope = token_loss.slope(log_odds, *per_token) if wanted else None
+        return token_loss.loss(log_odds, *per_token).sum(), slope
     if not wanted:
         with torch.no_grad():
             return _checked(token_loss(log_odds, *per_token), log_odds).sum(), None
@@ -31,8 +41,8 @@ def value_and_slope(
             return value.sum(), torch.zeros_like(log_odds)
         _check_graph(value.grad_fn, leaf)
         total = value.sum()
-        (slope,) = torch.autograd.grad(total, leaf, allow_unused=True)
-    return total.detach(), torch.zeros_like(log_odds) if slope is None else slope.detach()
+        (found,) = torch.autograd.grad(total, leaf, allow_unused=True)
+    return total.detach(), torch.zeros_like(log_odds) if found is None else found.detach()
 
 
 def _checked(value: Any, log_odds: Tensor) -> Tensor:

@@ -143,6 +143,8 @@ def layout(
     block = min(max(tile // chunk, 1), vocab)
     if recompute and (wanted[1] or wanted[2]):
         block = min(block, max(room // (max(tokens, 1) * operand.itemsize), 64), vocab)
+        if options.chunk_size:  # as many logits as that many tokens have
+            block = min(block, max(chunk * vocab // max(tokens, 1), 1))
     if copies:
         block = min(block, max(budget.copies // (dim * wide.itemsize), 1))
     if on_gpu and block < vocab:

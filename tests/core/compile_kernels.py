@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bnf_core.fused import weighted_nll
+from bnf_core.fused import BNF_LOSS
 from bnf_core.head.chunked import log_odds_backward, log_odds_forward, one_pass
 from bnf_core.head.transform import HeadOptions
 from bnf_core.head.triton import TRITON, Launch, record_launches
@@ -78,7 +78,7 @@ def launches(heads: list[str]) -> dict[str, Launch]:
         labels, values = torch.empty(tokens, dtype=torch.long, device="meta"), torch.empty(2, tokens, device="meta")
         head_options, wanted = HeadOptions(softcap, scale, dtype), (True, True, bias)
         with record_launches(record):
-            one_pass(hidden, weight, offset, labels, head_options, TRITON, wanted, weighted_nll, tuple(values))
+            one_pass(hidden, weight, offset, labels, head_options, TRITON, wanted, BNF_LOSS, tuple(values))
             operands = hidden, weight, offset, labels, head_options
             log_odds, _, lse = log_odds_forward(*operands, TRITON)
             log_odds_backward(log_odds, lse, *operands, TRITON, wanted)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnf_core import bnf_weight, linear_bnf_loss, linear_log_odds, linear_token_loss, reference, token_log_odds
 from bnf_core.head import IMPLEMENTATIONS
-from bnf_core.head.autograd import log_odds_backward_op, log_odds_op, token_loss_op
+from bnf_core.head.autograd import TOKEN_LOSSES, log_odds_backward_op, log_odds_op, token_loss_op
 
 FAST = available(name for name in IMPLEMENTATIONS if name != "naive")
 
@@ -98,6 +98,16 @@ def test_bnf_loss_is_the_papers(implementation: str) -> None:
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(states.grad, logits.grad @ weight)
     torch.testing.assert_close(head.grad, logits.grad.flatten(0, 1).T @ hidden.flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_the_slope_of_a_named_loss_is_its_derivative(name: str) -> None:
+    """Inside an operator autograd records nothing, so the derivative is written out; certain tokens included."""
+    log_odds = torch.cat([torch.randn(50) * 8, torch.tensor([0.0, 30.0, -30.0, 200.0, torch.inf])]).double().requires_grad_()
+    per_token = torch.randn(55).double(), torch.randn(55).double()
+    loss, slope = TOKEN_LOSSES[name]
+    (expected,) = torch.autograd.grad(loss(log_odds, *per_token).sum(), log_odds)
+    torch.testing.assert_close(slope(log_odds.detach(), *per_token), expected)
 
 
 class Watch(TorchDispatchMode):

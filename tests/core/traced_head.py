@@ -34,6 +34,7 @@ def _takes(implementation: str) -> None:
 
     expected = step(*leaves)
     gradients = torch.autograd.grad(expected, leaves)
+    assert all(gradient.any() for gradient in gradients)
     traced = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
     torch.testing.assert_close(traced, expected)
     for ours, theirs in zip(torch.autograd.grad(traced, leaves), gradients, strict=True):
