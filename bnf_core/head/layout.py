@@ -136,7 +136,7 @@ def layout(
     # exponentials of all tokens, where they take no more than the float32 sum of dweight that they save
     saves_sum = wanted[1] and grad_dtypes[1] != wide and tokens * operand.itemsize <= dim * wide.itemsize
     if holds and options.chunk_size is None and saves_sum:
-        group = tokens
+        group = max(tokens, 1)
         if not on_gpu:
             chunk = max(_even(tokens, math.isqrt(tile)), 1)
 
