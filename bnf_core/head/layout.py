@@ -138,7 +138,7 @@ def layout(
     if holds and options.chunk_size is None and saves_sum:
         group = max(tokens, 1)
         if not on_gpu:
-            chunk = max(_even(tokens, math.isqrt(tile)), 1)
+            chunk = max(min(_even(tokens, math.isqrt(tile)), tokens), 1)
 
     block = min(max(tile // chunk, 1), vocab)
     if recompute and (wanted[1] or wanted[2]):
