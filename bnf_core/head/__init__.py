@@ -171,19 +171,19 @@ def linear_token_loss(
         if named.loss is token_loss:
             results = token_loss_op(hidden, weight, labels, bias, constants, known, *_plain(options), name, wanted)
             return results[0], results[1], results[2]
-    loss, log_odds, entropy, *_ = _with_closure(hidden, weight, labels, bias, constants, token_loss, options, name, wanted)
+    call: Any = _with_a_function_of_yours
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="linear_token_loss calls a function of yours on some tokens at a time.")
+        call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+    loss, log_odds, entropy, *_ = call(hidden, weight, labels, bias, constants, token_loss, options, name, wanted)
     return loss, log_odds, entropy
 
 
-def _with_closure(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _with_a_function_of_yours(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if not holds_numbers(hidden):
         raise RuntimeError("linear_token_loss: expected tensors that hold numbers, for a loss that is a function of yours.")
     results: tuple[Tensor, ...] = ClosureLoss.apply(hidden, *arguments)  # type: ignore[no-untyped-call]
     return results
-
-
-_UNTRACED = "linear_token_loss calls a function of yours on some tokens at a time: torch.compile breaks its graph here."
-_with_closure = torch.compiler.disable(_with_closure, reason=_UNTRACED)  # type: ignore[no-untyped-call]
 
 
 def _has_tangent(x: Tensor | None) -> bool:
