@@ -102,6 +102,7 @@ class Child:
         commands, self._commands = os.pipe()
         self._replies, replies = os.pipe()
         options = ["-s", "-q", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath), "--child", f"{commands},{replies}"]
+        options += ["-n0"] if config.pluginmanager.has_plugin("xdist") else []  # it has one file, and no workers
         options += ["--slow"] * config.getoption("--slow", False) + (["-c", str(config.inipath)] if config.inipath else [])
         self._process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, str(path)],

@@ -24,7 +24,18 @@ ROOT = Path(__file__).parent.parent
 ASIDE = ["__init__.py", "benchmark.py", "benchmark_peers.py"]  # names; what measures, and is looked at by eye
 FILES = sorted(str(p.relative_to(ROOT / "bnf_core")) for p in (ROOT / "bnf_core").rglob("*.py"))
 FILES = [name for name in FILES if name not in ASIDE and name != "objectives/__init__.py"]
-TESTS = ["values", "objectives", "token_loss", "head_faults", "head", "reference_errors", "reference", "pairwise", "roofline"]
+TESTS = [
+    "values",
+    "objectives",
+    "token_loss",
+    "head_sizes",
+    "head_faults",
+    "head",
+    "reference_errors",
+    "reference",
+    "pairwise",
+    "roofline",
+]
 TESTS += ["layout", "analysis", "properties"]
 FIRST = {"reference.py": "reference", "constraints.py": "pairwise", "batch.py": "pairwise", "analysis.py": "analysis"}
 FIRST |= {"roofline.py": "roofline", "head/layout.py": "layout", "_checks.py": "reference_errors"}  # who is likely to notice
@@ -85,11 +96,15 @@ def killed(path: str, number: int) -> tuple[bool, str]:
             os.chdir(folder)
             sys.path.insert(0, folder)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            ours = "triton" if "triton" in path else "not triton"  # the other implementations are quicker, and tell the rest
             options = [
                 "-x",
                 "-q",
                 "-m",
                 "not child",
+                "-k",
+                f"({ours}) and not large_head",
+                "-n0",
                 "-p",
                 "no:cacheprovider",
                 "--rootdir",
