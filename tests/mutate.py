@@ -126,5 +126,8 @@ if __name__ == "__main__":
         places += [(path, number) for number in range(count.seen)]
     random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0).shuffle(places)
     places = places[: int(sys.argv[1]) if len(sys.argv) > 1 else None]
-    survivors = [what for dead, what in (killed(*place) for place in places) if not dead and not print("survived:", what)]
+    survivors = []
+    for count, (dead, what) in enumerate((killed(*place) for place in places), 1):
+        survivors += [] if dead else [what]
+        print(f"{count} of {len(places)}: {'killed' if dead else 'SURVIVED'}: {what}", flush=True)
     print(f"{len(places) - len(survivors)} of {len(places)} mutants killed ({1 - len(survivors) / len(places):.1%})")
