@@ -163,9 +163,11 @@ class Children:
         self._child: Child | None = None
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if not in_child(item):
             return None
+        # what the test before left set up for this one, which does not use it here, is not the next one's
+        item.session._setupstate.teardown_exact(nextitem)
         tests = [other.nodeid for other in item.session.items if in_child(other) and other.path == item.path]
         following = dict(itertools.pairwise(tests)).get(item.nodeid)
         if self._child is None or self._child.path != item.path:
