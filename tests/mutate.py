@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ def killed(path: str, number: int) -> tuple[bool, str]:
         shutil.copytree(ROOT / "bnf_core", Path(folder) / "bnf_core", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / "bnf_core" / path).write_text(source)
         if (child := os.fork()) == 0:
+            signal.alarm(1200)  # a mutant may loop for ever
             os.chdir(folder)
             sys.path.insert(0, folder)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
