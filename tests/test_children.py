@@ -75,12 +75,17 @@ def test_torch_decorates_in_pytest():
 def test_a_child_that_dies_is_one_failing_test_with_its_log(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_them.py").write_text(TESTS)
+    # a file whose last test is a child's leaves nothing behind that the next one's would stumble over
+    (tmp_path / "test_then.py").write_text(
+        "import pytest\n\ndef test_one(): pass\n\n@pytest.mark.child\ndef test_last(): pass\n"
+    )
+    (tmp_path / "test_to_end.py").write_text("def test_next(): pass\n")
     options = ["-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
     said = children.run(*options, code=1, PYTHONPATH=str(Path(__file__).parent)).out
     failed = re.findall(r"^FAILED \S*test_them.py::(\S+)", said, re.MULTILINE)
     in_pytest = ["test_fork_in_pytest", "test_torch_in_pytest", "test_torch_decorates_in_pytest"]
     assert failed == ["test_in_a_child[2]", "test_crash", *in_pytest], said
-    assert "5 failed, 4 passed, 1 skipped" in said
+    assert "5 failed, 7 passed, 1 skipped" in said
     for words in (
         "assert 2 == 1",
         "one of these is wrong",
