@@ -19,7 +19,16 @@ from bnf_core._checks import (
     holds_numbers,
     label_ids,
 )
-from bnf_core.head.autograd import FOLDS, TOKEN_LOSSES, ClosureLoss, log_odds_op, refuse, token_loss_op
+from bnf_core.head.autograd import (
+    FOLDS,
+    TOKEN_LOSSES,
+    ClosureLoss,
+    log_odds_op,
+    refuse,
+    restored,
+    token_loss_op,
+    wanted_gradients,
+)
 from bnf_core.head.closure import NamedLoss, TokenLoss
 from bnf_core.head.layout import layout
 from bnf_core.head.naive import log_odds_naive, token_log_odds, token_loss_naive
@@ -99,7 +108,7 @@ def linear_log_odds(
         kept, (hidden, targets) = _chosen(labels, len(weight), hidden, labels)
         with without_autocast(hidden.device.type):
             log_odds, entropy = log_odds_naive(hidden, weight, targets, bias, options)
-        return _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
+        return restored(log_odds, kept, len(labels)), restored(entropy, kept, len(labels))
     log_odds, entropy, _ = log_odds_op(hidden, weight, labels, bias, *_plain(options), name)
     return log_odds, entropy
 
@@ -164,9 +173,8 @@ def linear_token_loss(
         kept, (hidden, targets, *constants) = _chosen(labels, len(weight), hidden, labels, *constants)
         with without_autocast(hidden.device.type):
             loss, log_odds, entropy = token_loss_naive(hidden, weight, targets, bias, options, token_loss, tuple(constants))
-        return loss, _restored(log_odds, kept, len(labels)), _restored(entropy, kept, len(labels))
-    # a Parameter asks for a gradient under no_grad, too, where none is wanted
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        return loss, restored(log_odds, kept, len(labels)), restored(entropy, kept, len(labels))
+    wanted = wanted_gradients(hidden, weight, bias)
     for known, named in TOKEN_LOSSES.items():
         if named.loss is token_loss:
             results = token_loss_op(hidden, weight, labels, bias, constants, known, *_plain(options), name, wanted)
@@ -205,11 +213,6 @@ def _chosen(labels: Tensor, vocab: int, *values: Tensor) -> tuple[Tensor | None,
         return None, list(values)
     kept = (labels != IGNORE).nonzero().squeeze(-1)
     return kept, [x.index_select(0, kept) for x in values]
-
-
-def _restored(values: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
-    """Back in place among tokens whose label is -100."""
-    return values if kept is None else values.new_zeros(tokens).index_copy(0, kept, values)
 
 
 def head_workspace(

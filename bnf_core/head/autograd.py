@@ -19,7 +19,7 @@ from bnf_core.head.closure import NamedLoss, TokenLoss
 from bnf_core.head.folds import COMPILED, EAGER, FirstThatCompiles, Fold
 from bnf_core.head.transform import HeadOptions, without_autocast
 
-__all__ = ["FOLDS", "TOKEN_LOSSES", "ClosureLoss", "log_odds_op", "refuse", "token_loss_op"]
+__all__ = ["FOLDS", "TOKEN_LOSSES", "ClosureLoss", "log_odds_op", "refuse", "restored", "token_loss_op", "wanted_gradients"]
 
 TOKEN_LOSSES: dict[str, NamedLoss] = {}
 
@@ -59,7 +59,7 @@ def _kept(labels: Tensor, vocab: int) -> Tensor | None:
     return (~ignored).nonzero().squeeze(-1) if some_ignored else None
 
 
-def _restored(values: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
+def restored(values: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
     """Back in place among tokens whose label is -100."""
     return values if kept is None else values.new_zeros(tokens, *values.shape[1:]).index_copy(0, kept, values)
 
@@ -67,10 +67,10 @@ def _restored(values: Tensor, kept: Tensor | None, tokens: int) -> Tensor:
 def _or_empty(gradients: Gradients, kept: Tensor | None, tokens: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Operators return tensors: an empty one for a gradient that nobody asked for."""
     hidden, weight, bias = (like.new_empty(0) if g is None else g for g in gradients)
-    return hidden if gradients[0] is None else _restored(hidden, kept, tokens), weight, bias
+    return hidden if gradients[0] is None else restored(hidden, kept, tokens), weight, bias
 
 
-def _wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
     """A Parameter asks for a gradient under no_grad, too, where none is wanted."""
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
 
@@ -94,7 +94,7 @@ def log_odds_op(
     with without_autocast(hidden.device.type):
         chosen, targets = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
         results = log_odds_forward(chosen, weight, bias, targets, options, _fold(implementation, hidden.device))
-    log_odds, entropy, lse = (_restored(values, kept, len(labels)) for values in results)
+    log_odds, entropy, lse = (restored(values, kept, len(labels)) for values in results)
     return log_odds, entropy, lse
 
 
@@ -217,7 +217,7 @@ def _token_loss(
         fold, asked = _fold(implementation, hidden.device), (wanted[0], wanted[1], wanted[2])
         loss, log_odds, entropy, gradients = one_pass(hidden, weight, bias, labels, options, fold, asked, token_loss, values)
         found = _or_empty(gradients, kept, tokens, hidden)
-    return loss, _restored(log_odds, kept, tokens), _restored(entropy, kept, tokens), *found
+    return loss, restored(log_odds, kept, tokens), restored(entropy, kept, tokens), *found
 
 
 def _setup_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
