@@ -163,7 +163,7 @@ def test_products_are_counted(implementation: str, frozen: tuple[str, ...], prod
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_logits_are_never_held(implementation: str, options: dict[str, Any]) -> None:
     """No tensor of (tokens, vocab), in either function, forward or backward."""
-    tokens, dim, vocab, chunk = 64, 4, 50, 4
+    tokens, dim, vocab, chunk = 16, 4, 50, 4
     hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
     labels = torch.randint(vocab, (tokens,))
     keywords: dict[str, Any] = {"implementation": implementation, "chunk_size": chunk, **options}

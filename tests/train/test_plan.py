@@ -158,7 +158,7 @@ def test_memory_is_that_of_a_measured_run(tmp_path: Path, capsys: pytest.Capture
     model = LlamaForCausalLM(config)  # most of what it takes is its own, not the interpreter's
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = Path(demo.PREFERENCES).read_text().splitlines(keepends=True)[:16]
+    rows = Path(demo.PREFERENCES).read_text().splitlines(keepends=True)[:8]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     flags = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "o")]
     flags += ["--eval_size", "0", "--per_device_train_batch_size", "4", "--batch_size", "8", "--save_strategy", "no"]
