@@ -2,9 +2,9 @@
 
     python tests/mutate.py [how many, at random; default all] [seed]
 
-Every file but the benchmarks: Triton's kernels under its interpreter, the compiled fold as plain Python. Mutants: + and - swapped, * and / swapped, a
-minus dropped, a comparison negated, min and max swapped, mean for sum, a detach dropped, exp() + 1e-6, a constant moved by
-one. Prints the survivors and the share killed.
+Every file but the benchmarks: Triton's kernels under its interpreter, the compiled fold as plain Python. Mutants: + and -
+swapped, * and / swapped, a minus dropped, a comparison negated, min and max swapped, mean for sum, a detach dropped,
+exp() + 1e-6, a constant moved by one. Prints the survivors and the share killed.
 """
 
 import ast
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile hands back what it was given
-import torch  # noqa: E402, F401  (imported once, before every child is forked)
+import torch  # noqa: F401  (imported once, before every child is forked)
 
 ROOT = Path(__file__).parent.parent
 ASIDE = ["__init__.py", "benchmark.py", "benchmark_peers.py"]  # names; what measures, and is looked at by eye
