@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bnf_train.config import _bf16_in_hardware
+from bnf_train.config import bf16_in_hardware
 from bnf_train.data import read_rows, tokenize
 from bnf_train.errors import UsageError
 
@@ -54,8 +54,8 @@ class Task:
 
 def bnf(task: Task) -> dict[str, float]:
     """python -m bnf_train on the rows."""
-    from bnf_train.__main__ import run
-    from bnf_train.config import parse
+    from bnf_train.flags import parse
+    from bnf_train.run import run
 
     with tempfile.TemporaryDirectory() as folder:
         config = parse(
@@ -164,11 +164,11 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from bnf_train.model_head import attach_log_odds_head
-    from bnf_train.packed_attention import attend_by_response
+    from bnf_train.model.attention import attend_by_response
+    from bnf_train.model.head import attach_log_odds_head
 
     device = _device()
-    dtype = torch.bfloat16 if _bf16_in_hardware(device.type == "cpu") else torch.float32
+    dtype = torch.bfloat16 if bf16_in_hardware(device.type == "cpu") else torch.float32
     shape = LlamaConfig(**(LLAMA_3_8B | {"num_hidden_layers": layers} | (config or {})), attn_implementation="sdpa")
     with device:
         torch.set_default_dtype(dtype if lora else torch.float32)

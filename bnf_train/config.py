@@ -1,24 +1,18 @@
 """What a run is made of: every flag of transformers.TrainingArguments, the project's own, and the paper's presets."""
 
-import argparse
 import importlib.util
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import huggingface_hub
 import torch
-import yaml
-from transformers import HfArgumentParser, SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
-from bnf_train import demo, objectives, scale_out
-from bnf_train.checkpoint import resumes
-from bnf_train.errors import UsageError
-from bnf_train.read import WHY_NOT_STREAMED
+from bnf_core import OBJECTIVES
+from bnf_train import demo
+from bnf_train.errors import WHY_NOT_STREAMED, UsageError
 
 # Section 4 of the paper: the preference set and the learning rate of each base model. What all three share
 # (batch of 128 rows, 4096 tokens, AdamW, cosine with 10 % warm-up, one epoch) are BNFConfig's defaults.
@@ -121,7 +115,7 @@ class BNFConfig(TrainingArguments):
     objective: str = field(
         default="bnf",
         metadata={
-            "help": f"What to minimise: {', '.join(sorted(objectives.OBJECTIVES))}, or a function of your own as "
+            "help": f"What to minimise: {', '.join(sorted(OBJECTIVES))}, or a function of your own as "
             "module:function or path/to/file.py:function. Its hyper-parameters are flags (below)."
         },
     )
@@ -243,7 +237,7 @@ class BNFConfig(TrainingArguments):
             self.tokens_per_pass = 640 if self.use_cpu else 0
         if self.tokens_per_pass < 0:
             raise UsageError(f"--tokens_per_pass: expected a number of tokens, or 0, got {self.tokens_per_pass}.")
-        self.bf16 = _bf16_in_hardware(self.use_cpu) and not self.fp16 if self.bf16 is None else self.bf16
+        self.bf16 = bf16_in_hardware(self.use_cpu) and not self.fp16 if self.bf16 is None else self.bf16
         cache = self.reference_cache or Path(huggingface_hub.constants.HF_HOME) / "bnf_train"
         self.reference_cache = str(Path(cache).expanduser())
         if self.output_dir is None and resumes(self.resume_from_checkpoint):
@@ -253,9 +247,7 @@ class BNFConfig(TrainingArguments):
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
-        if self.deepspeed_plugin is not None and self.bf16:
-            scale_out.load_in_float32(self.deepspeed_plugin)
-        # layers are compiled one by one in __main__; the trainer's compiled model would leave out the log-odds head's forward
+        # layers are compiled one by one in `run`; the trainer's compiled model would leave out the log-odds head's forward
         self.compile_backend, self.torch_compile_backend = vars(self)["torch_compile_backend"], None
         if self.n_gpu > 1:
             # one process drives one device; torch.nn.DataParallel would split flat token vectors anywhere
@@ -287,141 +279,6 @@ class BNFConfig(TrainingArguments):
             )
 
 
-class _Parser(HfArgumentParser):
-    """Fills a config's fields; what it refuses is one sentence that names the flag and, where one is close, what was meant."""
-
-    def error(self, message: str) -> NoReturn:
-        if match := re.match(r"argument (--\w+)[^:]*: (?:invalid (\w+) value: (.*))?(.*)", message):
-            flag, kind, value, other = match.groups()
-            choices = next((a.choices for a in self._actions if flag in a.option_strings), None)
-            wrong = re.match(r"invalid choice: '([^']*)'", other)
-            close = objectives.nearest(wrong[1], map(str, choices)) if wrong and choices else ""
-            message = f"{flag}: expected {kind}, got {value}" if kind else f"{flag}: {other}{close}"
-        raise UsageError(f"{message} (python -m bnf_train --help lists every flag).")
-
-    def given(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """What `arguments` say, without defaults."""
-        unset = object()
-        blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
-        namespace, unknown = self.parse_known_args(list(arguments), namespace=blank)
-        for argument in unknown:
-            name = argument.split("=")[0]
-            if not name.startswith("--"):
-                self.error(f"{argument}: expected a flag, which begins with --")
-            self.error(f"{name}: no such flag{objectives.nearest(name, self._option_string_actions)}")
-        given = {k: v for k, v in vars(namespace).items() if v is not unset}
-        for name, value in given.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self.error(f"--{name}: expected a number, got {value}")
-        return given
-
-    def arguments_of(self, values: Mapping[str, Any], path: str) -> list[str]:
-        """A file's keys as flags, so that both are read by the same rules."""
-        actions = {name[2:]: action for name, action in self._option_string_actions.items() if name.startswith("--")}
-        arguments: list[str] = []
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
-            if name not in actions or name in ("config", "help"):
-                close = objectives.nearest(name, actions.keys() - {"config", "help"})
-                raise UsageError(f"{path}: unknown key {key}{close} (python -m bnf_train --help lists every flag).")
-            action = actions[name]
-            if value is False and "no" in map(str, action.choices or ()):
-                value = "no"  # YAML reads a bare no as false
-            if value is None or (value is False and action.nargs == "?" and action.const is not True):
-                continue
-            if action.nargs == 0:  # --no_...
-                arguments += [f"--{name}"] if value else []
-            elif value is True and action.nargs == "?":
-                arguments += [f"--{name}"]
-            elif isinstance(value, list) and action.nargs == "+":
-                arguments += [f"--{name}", *map(str, value)]
-            elif isinstance(value, (list, dict)):
-                arguments += [f"--{name}={json.dumps(value)}"]
-            else:
-                arguments += [f"--{name}={value}"]
-        return arguments
-
-
-def parse(arguments: Sequence[str]) -> BNFConfig:
-    """Flags to a config. A flag goes before the --config file, that before the model's preset, that before the defaults."""
-    arguments = [_underscored(argument) for argument in arguments]
-    early = _Parser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--objective"):
-        early.add_argument(name)
-    first, _ = early.parse_known_args(arguments)
-    in_file = {} if first.config is None else read_yaml(first.config)
-    chosen = first.objective or str(in_file.get("objective") or BNFConfig.objective)
-
-    parser = _parser(chosen)
-    flags = parser.given(arguments)
-    try:
-        file = parser.given(parser.arguments_of(in_file, str(first.config)))
-    except UsageError as error:
-        raise UsageError(str(error) if str(first.config) in str(error) else f"{first.config}: {error}") from error
-    for one, other in (("batch_size", "gradient_accumulation_steps"), ("gradient_accumulation_steps", "batch_size")):
-        if one in flags and other not in flags:
-            file.pop(other, None)  # they say the same thing, and a flag goes before the file
-    given = file | flags
-    given.pop("config", None)
-    model = given.get("model", str(demo.MODEL))
-    preset = dict(PRESETS.get(model, {}))
-    if {"gradient_accumulation_steps", "per_device_train_batch_size"} & given.keys():
-        preset.pop("batch_size", None)  # belongs with the preset's own
-    if "model" not in given and "dataset" in given:  # the demo model on somebody's data: as long as it can
-        preset.pop("max_length")
-    own = {name: given.pop(name) for name in list(given) if name not in BNFConfig.__dataclass_fields__}
-    try:
-        config = BNFConfig(**{"model": model} | preset | given)
-    except (ValueError, TypeError) as error:  # TrainingArguments' own checks
-        raise UsageError(str(error)) from error
-    config.hyperparameters = objectives.defaults(config.objective) | own
-    objectives.resolve(config)  # refuses what the objective does not have
-    return config
-
-
-def _parser(objective: str) -> _Parser:
-    parser = _Parser(BNFConfig, prog="python -m bnf_train", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="A YAML file with these flags as keys; a flag goes before it.",
-    )
-    group = parser.add_argument_group("hyper-parameters of objectives (default)")
-    for name, options in objectives.flags(objectives.find(objective)).items():
-        if f"--{name}" in parser._option_string_actions:
-            raise UsageError(f"--objective {objective}: --{name} is a flag already; rename that hyper-parameter.")
-        aliases = {f"--{name}", f"--{name.rstrip('_')}"} - parser._option_string_actions.keys()
-        group.add_argument(*sorted(aliases, reverse=True), dest=name, **options)
-    return parser
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except OSError as error:
-        raise UsageError(f"--config {path}: {(error.strerror or str(error)).lower()}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else path
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
-        raise UsageError(f"{where}: expected YAML, got {reason}.") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected keys and values, such as `objective: bnf`, got {type(values).__name__}.")
-    seen = set()
-    for key, _ in tree.value:
-        if (name := str(key.value).replace("-", "_")) in seen:  # YAML takes the last one without a word
-            raise UsageError(f"{path}, line {key.start_mark.line + 1}: the key {name} stands there a second time.")
-        seen.add(name)
-    return values
-
-
-def _underscored(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
-
-
 def _optim_args_for_bf16_weights(optim: str, optim_args: str | None) -> str:
     """--optim_args of an optimizer that makes up for bf16's rounding, switched on.
 
@@ -443,16 +300,15 @@ def _optim_args_for_bf16_weights(optim: str, optim_args: str | None) -> str:
     return ",".join(f"{key}={value}" for key, value in given.items())
 
 
-_DESCRIPTION = (
-    "Align a language model on responses labelled preferred or dispreferred with the BNF loss. "
-    "Without arguments: a tiny embedded model on embedded data, about a minute on a laptop."
-)
-
-
-def _bf16_in_hardware(use_cpu: bool) -> bool:
+def bf16_in_hardware(use_cpu: bool) -> bool:
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def resumes(argument: str | bool | None) -> bool:
+    """Whether --resume_from_checkpoint asks for anything."""
+    return str(argument or "").lower() not in ("", "false", "none", "no")
 
 
 def _short_name(model: str) -> str:

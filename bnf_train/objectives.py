@@ -12,38 +12,34 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bnf_core import OBJECTIVES, PAIRWISE, Objective, TokenBatch
-from bnf_train.errors import UsageError
-
-if TYPE_CHECKING:
-    from bnf_train.config import BNFConfig
+from bnf_train.errors import UsageError, one_line
 
 
-def resolve(config: "BNFConfig") -> tuple[Objective, bool]:
+def resolve(name: str, given: Mapping[str, Any]) -> tuple[Objective, bool]:
     """The objective with its hyper-parameters bound, and whether it has one loss per pair (else one per response).
 
     Raises:
       UsageError: no such function, a hyper-parameter out of range or missing, or a result of another shape.
     """
-    function = find(config.objective)
-    pairwise = is_pairwise(config.objective, function)
+    function = find(name)
+    pairwise = is_pairwise(name, function)
     known = hyperparameters(function)
-    given: dict[str, Any] = dict(config.hyperparameters)
-    for name in given:
-        if name not in known:
+    for key in given:
+        if key not in known:
             has = " ".join(f"--{other}" for other in known) or "none"
-            raise UsageError(f"--{name}: --objective {config.objective} has no such hyper-parameter; it has {has}.")
-    for name, parameter in known.items():
-        if name not in given and parameter.default is inspect.Parameter.empty:
-            raise UsageError(f"--{name} is missing: --objective {config.objective} has no default for it.")
+            raise UsageError(f"--{key}: --objective {name} has no such hyper-parameter; it has {has}.")
+    for key, parameter in known.items():
+        if key not in given and parameter.default is inspect.Parameter.empty:
+            raise UsageError(f"--{key} is missing: --objective {name} has no default for it.")
     objective = functools.partial(function, **given) if given else function
-    _try(config.objective, objective, pairwise)
+    _try(name, objective, pairwise)
     return objective, pairwise
 
 
@@ -131,7 +127,8 @@ def _module(name: str, module: str) -> Any:
     except UsageError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's own file raises
-        raise UsageError(f"--objective {name}: {module} could not be imported ({_sentence(error)}).") from error
+        what = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise UsageError(f"--objective {name}: {module} could not be imported ({what}).") from error
     return loaded
 
 
@@ -165,7 +162,7 @@ def _try(name: str, objective: Objective, pairwise: bool) -> None:
     try:
         losses = objective(log_odds, batch)
     except Exception as error:  # a user's own may raise anything
-        reason = str(error).rstrip(".") if isinstance(error, ValueError) else _sentence(error)
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error, 300)}"
         raise UsageError(f"--objective {name}: {reason}.") from error
     shape = (1,) if pairwise else (2,)
     if not isinstance(losses, torch.Tensor) or tuple(losses.shape) != shape:
@@ -177,7 +174,3 @@ def _try(name: str, objective: Objective, pairwise: bool) -> None:
     if not losses.isfinite().all() or not losses.requires_grad:
         got = "one without a gradient" if losses.isfinite().all() else str(losses.tolist())
         raise UsageError(f"--objective {name}: expected finite, differentiable losses where policy = reference, got {got}.")
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")

@@ -14,9 +14,10 @@ from matplotlib.image import imread
 from preference_rows import PAIRS, SINGLES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from bnf_train import analyze, analyze_figures
+from bnf_train.analyze import __main__ as analyze
+from bnf_train.analyze import figures as analyze_figures
 from bnf_train.data import Response
-from bnf_train.model_head import attach_log_odds_head
+from bnf_train.model.head import attach_log_odds_head
 
 Write = Callable[..., Path]
 

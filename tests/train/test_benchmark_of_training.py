@@ -9,9 +9,10 @@ import torch
 from preference_rows import PAIRS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnf_train import benchmark, model_head
+from bnf_train import benchmark
 from bnf_train.benchmark import Task, _tokens, bare, bnf, main, mfu
-from bnf_train.load import load_tokenizer
+from bnf_train.model import head as model_head
+from bnf_train.model.load import load_tokenizer
 
 
 def test_methods_count_the_same_tokens(model_folder: Path, write_rows: Callable[..., Path]) -> None:
@@ -47,7 +48,7 @@ def test_share_of_the_peak_of_products_in_the_dtype_of_the_step(
 ) -> None:
     """Whatever this CPU has. The figures follow from one another; none is compared with a speed."""
     measured: list[torch.dtype] = []
-    monkeypatch.setattr(benchmark, "_bf16_in_hardware", lambda use_cpu: unit)
+    monkeypatch.setattr(benchmark, "bf16_in_hardware", lambda use_cpu: unit)
     monkeypatch.setattr(benchmark, "_peak_operations", lambda device, dtype: measured.append(dtype) or 2e9)
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     products, attach = Products(128), model_head.attach_log_odds_head

@@ -16,13 +16,13 @@ from preference_rows import PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train.__main__ import main as train
-from bnf_train.arm import Measures, answers, paragraphs, perplexity
-from bnf_train.compare import Arm, compare, main
-from bnf_train.compare_report import COLUMNS, START, markdown, summaries, write
-from bnf_train.config import parse
+from bnf_train.compare.__main__ import Arm, compare, main
+from bnf_train.compare.arm import Measures, answers, paragraphs, perplexity
+from bnf_train.compare.report import COLUMNS, START, markdown, summaries, write
 from bnf_train.data import Response, Row
 from bnf_train.errors import Interrupted, UsageError
-from bnf_train.model_head import attach_log_odds_head
+from bnf_train.flags import parse
+from bnf_train.model.head import attach_log_odds_head
 
 SECONDS = ("train_seconds", "tokens_per_second", "peak_gib")
 
@@ -42,7 +42,7 @@ def test_arms_run_once_and_the_report_is_of_what_they_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # in the next test they start as they do for a user
-    monkeypatch.setattr("bnf_train.compare.multiprocessing.get_context", lambda method: forks)
+    monkeypatch.setattr("bnf_train.compare.__main__.multiprocessing.get_context", lambda method: forks)
     output, rows = tmp_path / "out", write_rows(PAIRS)
     probe = tmp_path / "probe.txt"
     probe.write_text("Rivers run to the sea.\n\nBread is baked.\n")
@@ -162,7 +162,7 @@ def test_a_stopped_arm_stops_the_comparison_and_says_how_to_go_on(
     def stopped(arguments: list[str]) -> None:
         raise stop
 
-    monkeypatch.setattr("bnf_train.compare.compare", stopped)
+    monkeypatch.setattr("bnf_train.compare.__main__.compare", stopped)
     assert main([]) == 143
     assert "the same command goes on" in capsys.readouterr().err
 

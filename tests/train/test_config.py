@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bnf_train.config import FOR_BF16_WEIGHTS, PRESETS, parse
+from bnf_train.config import FOR_BF16_WEIGHTS, PRESETS
 from bnf_train.errors import UsageError
+from bnf_train.flags import parse
 
 DATA = ["--model", "some/model", "--dataset", "x.jsonl", "--output_dir", "unused"]
 

@@ -24,8 +24,8 @@ from preference_rows import PAIRS
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from bnf_train import checkpoint
 from bnf_train.errors import UsageError
+from bnf_train.training import checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -60,7 +60,8 @@ class Ended(NamedTuple):
 def run(flags: dict[str, str], log: Path, what: str = "", at: int = 0, number: int = signal.SIGKILL) -> None:
     """In a child: `python -m bnf_train`, which gets a signal at the at-th event: "file", "file in FOLDER", "micro-batch"."""
     assert "preloaded" in sys.modules
-    from bnf_train import __main__, report, trainer
+    from bnf_train import __main__, report
+    from bnf_train.training import trainer
 
     report.write = lambda *args: None
     counted = 0

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bnf_train.__main__ import main
-from bnf_train.checkpoint import checkpoints
-from bnf_train.config import BNFConfig, parse
+from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError
-from bnf_train.load import load_model
-from bnf_train.lora import add_lora, quantization
-from bnf_train.model_head import attach_log_odds_head
-from bnf_train.trainer import BNFTrainer
+from bnf_train.flags import parse
+from bnf_train.model.head import attach_log_odds_head
+from bnf_train.model.load import load_model
+from bnf_train.model.lora import add_lora, quantization
+from bnf_train.training.checkpoint import checkpoints
+from bnf_train.training.trainer import BNFTrainer
 
 IDS = torch.arange(1, 25).view(2, 12)
 POSITIONS = torch.arange(3, 11)
@@ -114,7 +115,7 @@ def test_a_frozen_head_costs_two_products_and_a_trained_one_three(folder: Path) 
 def test_the_saved_adapter_merged_is_the_trained_model(
     folder: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    from bnf_train import trainer
+    from bnf_train.training import trainer
 
     trained: list[Any] = []
     original = trainer.BNFTrainer.save_model

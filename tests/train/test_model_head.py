@@ -10,10 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bnf_core import linear_log_odds, reference, token_log_odds
-from bnf_train import model_head
 from bnf_train.errors import UsageError
-from bnf_train.model_head import attach_log_odds_head, can_pack
-from bnf_train.packed_attention import NAME, attend_by_response
+from bnf_train.model import head as model_head
+from bnf_train.model.attention import NAME, attend_by_response
+from bnf_train.model.head import attach_log_odds_head, can_pack
 
 SIZES = {
     "vocab_size": 37,
@@ -126,8 +126,7 @@ def _without_bias(head: Any, hidden: Tensor, response_labels: Tensor | None = No
 def test_head_and_objective_are_the_papers_loss() -> None:
     """From token ids to eq. 4 on a real model: the shift, the masks, the lengths."""
     from bnf_core import TokenBatch, bnf
-    from bnf_train.collate import Collator
-    from bnf_train.data import Response, Row
+    from bnf_train.data import Collator, Response, Row
 
     policy, ref = tiny("llama"), tiny("llama")
     with torch.no_grad():
@@ -166,8 +165,7 @@ def test_head_and_objective_are_the_papers_loss() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "cohere", "phi"])
 def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
     """For every attention implementation on a CPU; responses of very different lengths, in both orders."""
-    from bnf_train.collate import Collator, model_inputs
-    from bnf_train.data import Response, Row
+    from bnf_train.data import Collator, Response, Row, model_inputs
 
     model = tiny(name)
     try:

@@ -12,8 +12,8 @@ from preference_rows import PAIRS, SINGLES
 
 from bnf_core import OBJECTIVES, PAIRWISE, TokenBatch
 from bnf_train.__main__ import main
-from bnf_train.config import parse
 from bnf_train.errors import UsageError
+from bnf_train.flags import parse
 from bnf_train.objectives import hyperparameters, resolve
 
 DATA = ["--model", "some/model", "--dataset", "x.jsonl", "--output_dir", "unused"]

@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bnf_core import token_log_odds
-from bnf_train import reference_cache
 from bnf_train.__main__ import main
-from bnf_train.collate import Collator
-from bnf_train.data import Response, Row
+from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
-from bnf_train.model_head import attach_log_odds_head
-from bnf_train.reference_cache import add_ref_log_odds, check_same_tokens
-from bnf_train.scale_out import compile_layers
+from bnf_train.model.head import attach_log_odds_head
+from bnf_train.training import reference_cache
+from bnf_train.training.distributed import compile_layers
+from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens
 
 CPU = torch.device("cpu")
 VOCAB = 48
@@ -533,7 +532,7 @@ def test_the_other_reference_is_freed_before_the_policy_is_loaded(
 ) -> None:
     import weakref
 
-    from bnf_train import load
+    from bnf_train.model import load
 
     alive: list[int] = []
     models: list[weakref.ref[Any]] = []

@@ -13,15 +13,15 @@ from preference_rows import PAIRS, SINGLES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import OBJECTIVES, bnf
-from bnf_train.__main__ import main, run
-from bnf_train.callbacks import EnduringTrainer
-from bnf_train.collate import Collator, passes
-from bnf_train.config import parse
-from bnf_train.data import Row, tokenize
-from bnf_train.load import load_model, load_tokenizer
-from bnf_train.model_head import attach_log_odds_head
-from bnf_train.reference_cache import add_ref_log_odds
-from bnf_train.trainer import BNFTrainer
+from bnf_train.__main__ import main
+from bnf_train.data import Collator, Row, passes, tokenize
+from bnf_train.flags import parse
+from bnf_train.model.head import attach_log_odds_head
+from bnf_train.model.load import load_model, load_tokenizer
+from bnf_train.run import run
+from bnf_train.training.reference_cache import add_ref_log_odds
+from bnf_train.training.resume import EnduringTrainer
+from bnf_train.training.trainer import BNFTrainer
 
 WriteRows = Callable[..., Path]
 

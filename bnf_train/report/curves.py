@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bnf_train.trainer import LABELS
+from bnf_train.training.trainer import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from bnf_train.__main__ import run
-from bnf_train.collate import Collator, model_inputs
-from bnf_train.config import BNFConfig, parse
-from bnf_train.data import Response, Row
+from bnf_train.config import BNFConfig
+from bnf_train.data import Collator, Response, Row, model_inputs
 from bnf_train.errors import UsageError
+from bnf_train.flags import parse
+from bnf_train.run import run
 
 GIB = 2**30
 

@@ -12,12 +12,10 @@ from rich.table import Table
 import bnf_core
 from bnf_train import demo
 from bnf_train.config import BNFConfig
-from bnf_train.report_curves import MAIN_PANELS, draw
-from bnf_train.report_examples import TokenExample, examples
-from bnf_train.report_html import page
-from bnf_train.trainer import LABELS
-
-__all__ = ["TokenExample", "examples", "table", "write"]
+from bnf_train.report.curves import MAIN_PANELS, draw
+from bnf_train.report.examples import TokenExample
+from bnf_train.report.html import page
+from bnf_train.training.trainer import LABELS
 
 COLUMNS = {
     "responses": "responses",

@@ -27,10 +27,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import bnf_core
-from bnf_train.collate import Collator, model_inputs
-from bnf_train.data import Response, Row
+from bnf_train.data import Collator, Response, Row, model_inputs
 from bnf_train.errors import UsageError
-from bnf_train.load import load_tokenizer
+from bnf_train.model.load import load_tokenizer
 
 TENSOR = "log_odds"
 

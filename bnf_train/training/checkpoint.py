@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bnf_train.config import resumes
 from bnf_train.errors import UsageError
 
 PARTIAL = ".checkpoint-partial"
@@ -184,11 +185,6 @@ def check_same_run(folder: Path, arguments: Mapping[str, Any]) -> None:
                 f"--resume_from_checkpoint {folder}: {what} {was} when it was written, so this would be another run; "
                 "pass what it was, or start anew with another --output_dir."
             )
-
-
-def resumes(argument: str | bool | None) -> bool:
-    """Whether --resume_from_checkpoint asks for anything."""
-    return str(argument or "").lower() not in ("", "false", "none", "no")
 
 
 def checkpoints(output: Path) -> list[Path]:

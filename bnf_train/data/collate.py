@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from bnf_train.data import Row
+from bnf_train.data.rows import Row
 
 # what `forward` takes of a batch; of attention_mask and position_ids a batch has one
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "response_positions", "response_labels")
@@ -116,13 +115,3 @@ def worth_packing(lengths: Sequence[int], attention_width: float) -> bool:
         return sum(n + n * n / attention_width for n in sequences)
 
     return work([max(lengths)] * len(lengths)) > WORTH_PACKING * work([sum(lengths)])
-
-
-def attention_width(model: PreTrainedModel) -> float:
-    """The length at which attention over the whole of a sequence is as much work as the rest of a layer.
-
-    A layer of width d multiplies about 12 d^2 weights a token, and attention 2 d numbers a token and position: 6 d.
-    Infinite for implementations that skip what a packed response does not see.
-    """
-    skips = str(model.config._attn_implementation).startswith(("flash", "flex", "sdpa_by"))
-    return math.inf if skips else 6.0 * float(getattr(model.config.get_text_config(), "hidden_size", math.inf))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from bnf_train.checkpoint import ARGUMENTS, PARTIAL, checkpoints, naming_a_full_disk, read_state, seal, write_state
 from bnf_train.errors import Interrupted, UsageError
+from bnf_train.training.checkpoint import ARGUMENTS, PARTIAL, checkpoints, naming_a_full_disk, read_state, seal, write_state
 
 RNG, OPTIMIZER, SCHEDULER, SCALER = (f"{name}.safetensors" for name in ("rng_state", "optimizer", "scheduler", "scaler"))
 

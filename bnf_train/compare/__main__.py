@@ -27,10 +27,10 @@ from typing import Any
 import yaml
 
 from bnf_train import demo
-from bnf_train.arm import Measures, paragraphs, train_arm
-from bnf_train.compare_report import table, write
-from bnf_train.config import parse, read_yaml
+from bnf_train.compare.arm import Measures, paragraphs, train_arm
+from bnf_train.compare.report import table, write
 from bnf_train.errors import Interrupted, UsageError, is_out_of_memory
+from bnf_train.flags import parse, read_yaml
 
 # of every arm, unless the command or the --config file says otherwise
 DEFAULTS = {

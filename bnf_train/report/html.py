@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 
-from bnf_train.report_curves import svgs
-from bnf_train.report_examples import TokenExample
+from bnf_train.report.curves import svgs
+from bnf_train.report.examples import TokenExample
 
 RGB = tuple[int, int, int]
 # light enough for black text; blue and orange stay apart for the colour-blind

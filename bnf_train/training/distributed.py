@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-def load_in_float32(plugin: DeepSpeedPlugin) -> None:
+def load_in_float32(config: TrainingArguments) -> None:
     """Under ZeRO-3 weights are split, and rounded to what the plugin says, while they are loaded: call it before that.
 
     It is to say nothing: float32 against --bf16 would be a contradiction to transformers.
     """
-    plugin.deepspeed_config.pop("bf16", None)
-    plugin.set_deepspeed_weakref()  # a copy, which transformers reads when it loads a model
+    plugin = config.deepspeed_plugin
+    if plugin is not None and config.bf16:
+        plugin.deepspeed_config.pop("bf16", None)
+        plugin.set_deepspeed_weakref()  # a copy, which transformers reads when it loads a model
 
 
 def keep_float32(accelerator: Accelerator) -> None:

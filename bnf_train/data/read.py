@@ -7,17 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bnf_train.errors import UsageError
-from bnf_train.load import load_hub_dataset
+from bnf_train.errors import WHY_NOT_STREAMED, UsageError, one_line
+from bnf_train.hub import load_hub_dataset
 
 RawRow = dict[str, Any]
 COLUMNS = ("prompt", "chosen", "rejected", "completion", "label")
 SHAPES = "(prompt, chosen, rejected) or (prompt, completion, label)"
 SPLITS = {"train": ("train", "train_prefs"), "test": ("test", "test_prefs", "validation")}
-WHY_NOT_STREAMED = (
-    "every response is scored once by the reference before training, and rows are shuffled over the whole set, "
-    "so all rows must be at hand"
-)
 CSV_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -138,7 +134,7 @@ def _read_csv(path: Path) -> list[RawRow]:
                 )
             rows.append({name: _cell(name, cell) for name, cell in zip(header, cells, strict=True) if name in COLUMNS})
     except csv.Error as error:
-        raise UsageError(f"{path}, line {line}: expected CSV, quotes inside quotes doubled, got {reason(error)}.") from error
+        raise UsageError(f"{path}, line {line}: expected CSV, quotes inside quotes doubled, got {one_line(error)}.") from error
 
 
 def _cell(column: str, text: str) -> Any:
@@ -166,7 +162,7 @@ def _read_parquet(path: Path) -> list[RawRow]:
     except UsageError:
         raise
     except Exception as error:  # pyarrow raises a dozen unrelated types on damaged files
-        raise UsageError(f"{path}: could not be read as Parquet ({reason(error)}).") from error
+        raise UsageError(f"{path}: could not be read as Parquet ({one_line(error)}).") from error
     return rows
 
 
@@ -188,7 +184,7 @@ def _load_folder(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as error:  # as in load_hub_dataset
-        raise UsageError(f"{path}: could not be read as a folder of the datasets library ({reason(error)}).") from error
+        raise UsageError(f"{path}: could not be read as a folder of the datasets library ({one_line(error)}).") from error
 
 
 def _rows_of_datasets(data: Any, source: str, split: str) -> list[RawRow]:
@@ -210,7 +206,7 @@ def _rows_of_datasets(data: Any, source: str, split: str) -> list[RawRow]:
         data.data.validate(full=True)  # an offset beyond its buffer would be followed, which ends the process
         columns = data[:]
     except Exception as error:  # a damaged Arrow file shows itself only here
-        raise UsageError(f"{source}: could not be read ({reason(error)}).") from error
+        raise UsageError(f"{source}: could not be read ({one_line(error)}).") from error
     if not len(data):
         raise UsageError(f"{source}: expected rows with the columns {SHAPES}, got none.")
     return [dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)]
@@ -225,9 +221,3 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return str(value) if abs(value) < 10**20 else "a very long number"
     return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else type(value).__name__
-
-
-def reason(error: BaseException) -> str:
-    """What a library says of its failure, on one line."""
-    words = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-    return words if words.isprintable() else ascii(words)[1:-1]

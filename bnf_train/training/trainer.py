@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback
 
 from bnf_core import PAIRWISE, Objective, TokenBatch, bnf, bnf_weight
-from bnf_train import scale_out
-from bnf_train.callbacks import EnduringTrainer
-from bnf_train.collate import model_inputs, passes
-from bnf_train.data import Row
+from bnf_train.data import Row, model_inputs, passes
 from bnf_train.errors import UsageError
-from bnf_train.weights_moved import WeightsMoved
+from bnf_train.training import distributed as scale_out
+from bnf_train.training.resume import EnduringTrainer
+from bnf_train.training.weights_moved import WeightsMoved
 
 LABELS = ("preferred", "dispreferred")
 SIDES = {"preferred": "chosen", "dispreferred": "rejected"}  # what metrics of other trainers call them

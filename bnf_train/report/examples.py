@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bnf_core import bnf_weight
-from bnf_train.collate import Collator, model_inputs
-from bnf_train.data import Response, Row
+from bnf_train.data import Collator, Response, Row, model_inputs
 
 
 @dataclass

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError
-from bnf_train.model_head import give_log_odds
+from bnf_train.model.head import give_log_odds
 
 
 def quantization(config: BNFConfig) -> Any:

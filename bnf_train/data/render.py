@@ -1,18 +1,15 @@
 """Conversations to token ids with the model's chat template, and a look at what is trained on."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from bnf_train.conversations import Message
-from bnf_train.errors import UsageError
-from bnf_train.read import reason
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bnf_train.data import Row
+from bnf_train.data.conversations import Message
+from bnf_train.data.rows import Row
+from bnf_train.errors import UsageError, one_line
 
 
 class Rendered(NamedTuple):
@@ -50,7 +47,7 @@ class Renderer:
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         except Exception as error:  # templates raise errors of their own, and Jinja's
-            raise UsageError(f"{where}: the model's chat template refuses this conversation ({reason(error)}).") from error
+            raise UsageError(f"{where}: the model's chat template refuses this conversation ({one_line(error)}).") from error
         return text
 
     def __call__(self, conversations: Sequence[tuple[list[Message], list[Message], str]]) -> list[list[Rendered]]:
@@ -115,10 +112,8 @@ class Renderer:
 LONGEST_SHOWN = 1200  # characters of a prompt or response
 
 
-def show(rows: Iterable["Row"], tokenizer: PreTrainedTokenizerBase, console: "Console") -> None:
+def show(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print rows as the model sees them: what the loss sees stands in ⟦ ⟧ and in colour, the prompt is dim."""
-    from rich.text import Text
-
     for row in rows:
         prompt_shown = False
         for response in row.responses:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnf_train.analyze_figures import BINS, LABELS, METRICS, table, write
+from bnf_train.analyze.figures import BINS, LABELS, METRICS, table, write
 from bnf_train.errors import UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def load(name: str, flag: str, setting: Setting) -> "PreTrainedModel":
     Raises:
       UsageError: as `load_model`, under the name of `flag`.
     """
-    from bnf_train.load import load_model
+    from bnf_train.model.load import load_model
 
     base = base_of(name, flag)
     with _named(flag, name, base):
@@ -170,8 +170,7 @@ def score(model: "PreTrainedModel", sample: Sample, setting: Setting) -> Scores:
     import torch
 
     from bnf_core import analysis
-    from bnf_train.collate import Collator, model_inputs
-    from bnf_train.data import Row
+    from bnf_train.data import Collator, Row, model_inputs
 
     collator = Collator(int(setting.tokenizer.pad_token_id))
     seen: list[Tensor] = []
@@ -273,8 +272,8 @@ def analyze(flags: argparse.Namespace, console: "Console") -> dict[str, Any]:
     """Everything that is drawn, as it stands in analysis.json."""
     import torch
 
-    from bnf_train.load import load_tokenizer
-    from bnf_train.model_head import attach_log_odds_head
+    from bnf_train.model.head import attach_log_odds_head
+    from bnf_train.model.load import load_tokenizer
 
     names = dict(zip(_names(flags), flags.policy, strict=True))
     bins_of = flags.bins_of or next(iter(names))
@@ -351,7 +350,7 @@ def _names(flags: argparse.Namespace) -> list[str]:
 
 
 def _check_same_tokens(path: str, tokenizer: "PreTrainedTokenizerBase", trust_remote_code: bool) -> None:
-    from bnf_train.load import load_tokenizer
+    from bnf_train.model.load import load_tokenizer
 
     base = base_of(path, "--policy")
     with _named("--policy", path, base):
@@ -363,7 +362,7 @@ def _check_same_tokens(path: str, tokenizer: "PreTrainedTokenizerBase", trust_re
 def _data(flags: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", console: "Console") -> Sample:
     """The data's responses; with --greedy the first distinct prompts, as responses whose answers are not looked at."""
     from bnf_train import data
-    from bnf_train.load import context_length
+    from bnf_train.model.load import context_length
 
     # every model can be loaded by now as far as its tokenizer goes
     bases = [base_of(name, "--policy") for name in (flags.reference, *flags.policy)]

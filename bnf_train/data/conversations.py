@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from bnf_train.data.read import SHAPES, RawRow, shown
 from bnf_train.errors import UsageError
-from bnf_train.read import SHAPES, RawRow, shown
 
 Message = dict[str, Any]
 Sides = list[tuple[Message, bool]]  # each response and whether it is preferred

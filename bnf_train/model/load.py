@@ -1,7 +1,5 @@
-"""Models, tokenizers and data sets from local folders or the Hugging Face hub; what cannot be had is one sentence."""
+"""Models and tokenizers from local folders or the Hugging Face hub; what cannot be had is one sentence."""
 
-import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from bnf_train.errors import UsageError, is_out_of_memory
+from bnf_train.errors import UsageError, is_out_of_memory, one_line
+from bnf_train.hub import offline_if_unreachable, why_not_fetched
 
 T = TypeVar("T")
 
@@ -80,25 +79,6 @@ def load_model(
     return model
 
 
-def load_hub_dataset(name: str) -> Any:
-    """All splits of a hub dataset, given as name or name:configuration."""
-    if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise UsageError(
-            f"--dataset {name}: no such file; expected a .jsonl, .json, .parquet or .csv file, or a hub dataset's name."
-        )
-    _offline_if_unreachable()
-    import datasets  # slow to import, and not needed for local JSON
-
-    repository, _, configuration = name.partition(":")
-    try:
-        return datasets.load_dataset(repository, configuration or None)
-    except Exception as error:  # the library raises a dozen unrelated types here
-        raise UsageError(
-            f"{name}: the dataset could not be fetched from the Hugging Face hub ({_reason(error)}); "
-            "pass --dataset with a local .jsonl file instead."
-        ) from error
-
-
 def from_model(name: str, load: Callable[[], T], flag: str = "--model", could: str = "could") -> T:
     """What `load` gets from the model folder or hub name that stands at `flag`.
 
@@ -111,7 +91,7 @@ def from_model(name: str, load: Callable[[], T], flag: str = "--model", could: s
     if not local and (name.count("/") > 1 or name.startswith((".", "~"))):
         raise UsageError(f"{flag} {name}: no such folder.")
     if not local:
-        _offline_if_unreachable()
+        offline_if_unreachable()
     try:
         return load()
     except Exception as error:  # the libraries raise a dozen unrelated types at a damaged file
@@ -123,7 +103,7 @@ def from_model(name: str, load: Callable[[], T], flag: str = "--model", could: s
             ) from error
         if local and (damaged := _damaged_weights(Path(name))):
             raise UsageError(
-                f"{flag} {name}: {damaged.name} is damaged or incomplete ({_sentence(error)}); copy or download it again."
+                f"{flag} {name}: {damaged.name} is damaged or incomplete ({one_line(error, 300)}); copy or download it again."
             ) from error
         if local and _only_pickled(Path(name)):
             raise UsageError(
@@ -131,9 +111,9 @@ def from_model(name: str, load: Callable[[], T], flag: str = "--model", could: s
                 "because they can run code; convert them once with save_pretrained of transformers, where you trust them."
             ) from error
         if local:
-            raise UsageError(f"{flag} {name}: {could} not be loaded ({_sentence(error)}).") from error
+            raise UsageError(f"{flag} {name}: {could} not be loaded ({one_line(error, 300)}).") from error
         raise UsageError(
-            f"{flag} {name}: the model could not be fetched from the Hugging Face hub ({_reason(error)}); "
+            f"{flag} {name}: the model could not be fetched from the Hugging Face hub ({why_not_fetched(error)}); "
             f"pass {flag} with a local model folder (and --dataset with a local .jsonl file) instead."
         ) from error
 
@@ -150,29 +130,3 @@ def _damaged_weights(folder: Path) -> Path | None:
 
 def _only_pickled(folder: Path) -> bool:
     return not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
-
-
-def _reason(error: BaseException) -> str:
-    if not _offline_if_unreachable():
-        return "the hub cannot be reached and nothing is cached"
-    return _sentence(error)
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")
-
-
-@functools.cache
-def _offline_if_unreachable() -> bool:
-    """Whether the hub answers within seconds; where not, the libraries are told to look in their caches only."""
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the HTTP library of the day raises
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return False
-    return True

@@ -6,6 +6,7 @@ Cut at the places that see nothing before them it is what the responses cost alo
 
 import inspect
 import itertools
+import math
 import re
 import sys
 from typing import Any
@@ -27,6 +28,16 @@ def attend_by_response(model: PreTrainedModel) -> None:
     """
     if model.config._attn_implementation == "sdpa" and not _knows_sdpa_by_name(model):
         model.set_attn_implementation(NAME)
+
+
+def attention_width(model: PreTrainedModel) -> float:
+    """The length at which attention over the whole of a sequence is as much work as the rest of a layer.
+
+    A layer of width d multiplies about 12 d^2 weights a token, and attention 2 d numbers a token and position: 6 d.
+    Infinite for implementations that skip what a packed response does not see.
+    """
+    skips = str(model.config._attn_implementation).startswith(("flash", "flex", "sdpa_by"))
+    return math.inf if skips else 6.0 * float(getattr(model.config.get_text_config(), "hidden_size", math.inf))
 
 
 def _knows_sdpa_by_name(model: PreTrainedModel) -> bool:
