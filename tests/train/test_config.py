@@ -242,6 +242,14 @@ def test_no_flag_of_transformers_is_taken() -> None:
     }
 
 
+def test_one_process_drives_one_device_and_compiles_layers_itself() -> None:
+    config = parse([*DATA, "--per_device_train_batch_size", "4", "--torch_compile_backend", "eager"])
+    config._n_gpu = 8  # what a machine with 8 GPUs says without a launcher
+    assert (config.n_gpu, config.train_batch_size) == (1, 4)
+    assert config.torch_compile
+    assert config.torch_compile_backend == config.to_dict()["torch_compile_backend"] == "eager"
+
+
 def test_help_all_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help-all"])
