@@ -6,20 +6,19 @@ response, or, with the attribute `pairwise = True`, one per pair.
 """
 
 import argparse
-import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bnf_core import OBJECTIVES, PAIRWISE, Objective, TokenBatch
-from bnf_train.errors import UsageError, one_line
+from bnf_train.errors import UsageError, nearest, one_line
 
 
 def resolve(name: str, given: Mapping[str, Any]) -> tuple[Objective, bool]:
@@ -104,12 +103,6 @@ def flags(chosen: Objective) -> dict[str, dict[str, Any]]:
         }
         for key, by_objective in defaults.items()
     }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; the nearest is …" where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; the nearest is {close[0]}" if close else ""
 
 
 def _module(name: str, module: str) -> Any:

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from bnf_core import Objective
-from bnf_train import demo, objectives, report
+from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
 from bnf_train.data import Collator, Row, digest, read_and_tokenize
 from bnf_train.errors import UsageError
@@ -76,9 +76,8 @@ class _Rows:
 def _checkpoint(config: BNFConfig, console: Console) -> Path | None:
     """The checkpoint to go on from; the output folder is new where there is none."""
     output = Path(config.output_dir or "")
-    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if in_use and not resumes(config.resume_from_checkpoint):
-        raise UsageError(f"--output_dir {output}: expected a new or empty folder; remove it or pass another.")
+    if not resumes(config.resume_from_checkpoint):
+        cli.check_new_folder(output)
     with config.main_process_first():
         return checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
 
@@ -149,7 +148,7 @@ def _with_head(
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
     if config.torch_compile:
-        distributed.compile_layers(model, config.compile_backend, config.torch_compile_mode)
+        distributed.compile_layers(model, config.torch_compile_backend, config.torch_compile_mode)
     return model, Collator(tokenizer.pad_token_id, packed, attention_width(model))
 
 

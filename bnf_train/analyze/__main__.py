@@ -13,15 +13,14 @@ import contextlib
 import gc
 import json
 import logging
-import re
 import statistics
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnf_train import cli
 from bnf_train.analyze.figures import BINS, LABELS, METRICS, table, write
 from bnf_train.errors import UsageError, is_out_of_memory
 
@@ -402,13 +401,7 @@ def _data(flags: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", conso
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            message = re.sub(r"^argument (\S+): ", r"\1: ", message)
-            raise UsageError(f"{message} (python -m bnf_train.analyze --help lists every flag).")
-
-    head = (__doc__ or "").partition("\n")[0]
-    parser = Parser(prog="python -m bnf_train.analyze", allow_abbrev=False, description=head)
+    parser = cli.Parser(prog="python -m bnf_train.analyze", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--policy", nargs="+", required=True, metavar="MODEL", help="model folders, hub names, or folders of LoRA adapters")
     add("--reference", required=True, metavar="MODEL", help="the model that they were trained from")
@@ -424,7 +417,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--bf16", nargs="?", const="true", default="false", choices=("true", "false"), help="multiply in bf16, by autocast")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
     add("--debug", action="store_true", help="show the traceback of an error")
-    flags = parser.parse_args([re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), x) for x in arguments])
+    flags = parser.read(arguments)
     for name in ("rows", "greedy", "max_new_tokens", "max_length", "batch_size"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise UsageError(f"--{name}: expected at least 1, got {value}.")
@@ -432,30 +425,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    flags = None
-    try:
-        flags = parse(sys.argv[1:] if arguments is None else arguments)
-        run(flags)
-    except Exception as error:
-        if flags is not None and is_out_of_memory(error):
-            sentence = f"out of memory; lower --batch_size (now {flags.batch_size}), or add --bf16."
-        elif isinstance(error, UsageError):
-            sentence = str(error)
-        else:
-            raise
-        if flags is not None and flags.debug:
-            traceback.print_exc()
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(_analyze, arguments)
+
+
+def _analyze(arguments: list[str], failure: cli.Failure) -> None:
+    flags = parse(arguments)
+    failure.out_of_memory = lambda: f"lower --batch_size (now {flags.batch_size}), or add --bf16."
+    run(flags)
 
 
 def run(flags: argparse.Namespace) -> None:
     from rich.console import Console
 
     folder = Path(flags.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--output_dir {folder}: expected a new or empty folder; remove it or pass another.")
+    cli.check_new_folder(folder)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     result = analyze(flags, console)

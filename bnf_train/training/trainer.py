@@ -85,6 +85,12 @@ class BNFTrainer(EnduringTrainer):
             missing = -len(rows) % (self.args.per_device_train_batch_size * self.accelerator.num_processes)
             self.train_dataset = rows + [Row("", [])] * missing
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """--torch_compile is `distributed.compile_layers`: a model compiled whole would leave out the head's forward."""
+        args = super()._build_accelerator_args(**kwargs)
+        args.pop("dynamo_plugin", None)
+        return args
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Losses in the whole optimizer step, one per response or pair: every micro-batch, every process."""
         responses = sum(len(batch["preferred"]) for batch in batch_samples)

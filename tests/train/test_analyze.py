@@ -254,9 +254,9 @@ def test_bad_input_is_one_sentence(
         ({"--output_dir": [tmp_path / "full"]}, "expected a new or empty folder"),
         ({"--output_dir": [tmp_path / "full" / "notes.txt" / "x"]}, "not a directory"),
         ({"--greedy": [0]}, "--greedy: expected at least 1, got 0"),
-        ({"--greedy": ["two"]}, "--greedy: invalid int value: 'two'"),
+        ({"--greedy": ["two"]}, "--greedy: expected int, got 'two' (python -m bnf_train.analyze --help lists every flag)"),
         ({"--greedy": [1], "--max_new_tokens": [250]}, "--max_new_tokens 250: the prompt of"),
-        ({"--batch_sise": [3]}, "unrecognized arguments: --batch_sise"),
+        ({"--batch_sise": [3]}, "--batch_sise: no such flag; the nearest is --batch_size"),
         ({"--policy": []}, "--policy: expected at least one argument"),
     ]
     for change, words in bad:

@@ -10,13 +10,21 @@ import pytest
 import torch
 from preference_rows import PAIRS, SINGLES
 
-from bnf_core import OBJECTIVES, PAIRWISE, TokenBatch
+from bnf_core import OBJECTIVES, PAIRWISE, Objective, TokenBatch
+from bnf_train import objectives
 from bnf_train.__main__ import main
+from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
-from bnf_train.objectives import hyperparameters, resolve
+from bnf_train.objectives import hyperparameters
 
 DATA = ["--model", "some/model", "--dataset", "x.jsonl", "--output_dir", "unused"]
+
+
+def resolve(config: BNFConfig) -> tuple[Objective, bool]:
+    return objectives.resolve(config.objective, config.hyperparameters)
+
+
 OWN = '''
 import torch.nn.functional as F
 

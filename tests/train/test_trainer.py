@@ -229,6 +229,7 @@ def test_compiled_layers_compute_the_same(model_folder: Path, write_rows: WriteR
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         compiled = [type(m).__name__ for m in trainer.model.modules() if m._compiled_call_impl is not None]
         assert compiled == (["LlamaDecoderLayer"] * 2 if more else [])
+        assert trainer.accelerator.state.dynamo_plugin.backend == "NO"  # nothing is compiled a second time
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
