@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, ProgressCallback
+from transformers import EvalPrediction, ProgressCallback, Trainer
 
 from bnf_core import PAIRWISE, Objective, TokenBatch, bnf, bnf_weight
 from bnf_train.data import Row, model_inputs, passes
 from bnf_train.errors import UsageError
 from bnf_train.training import distributed as scale_out
-from bnf_train.training.resume import EnduringTrainer
+from bnf_train.training.resume import ResumeMixin
 from bnf_train.training.weights_moved import WeightsMoved
 
 LABELS = ("preferred", "dispreferred")
@@ -37,7 +37,7 @@ MOST_NOISE_IN_HALF, MOST_NOISE_IN_PADDED_HALF = 2e-2, 5e-2
 SUMS = ("responses", "losses", "loss", "paired", "tokens", "logp", "ref_logp", "weight", "clipped", "entropy")
 
 
-class BNFTrainer(EnduringTrainer):
+class BNFTrainer(ResumeMixin, Trainer):
     """Minimises the mean of `objective` over the responses (pairs) of each optimizer step, whatever the micro-batches.
 
     Args:

@@ -20,7 +20,7 @@ from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import load_model, load_tokenizer
 from bnf_train.run import run
 from bnf_train.training.reference_cache import add_ref_log_odds
-from bnf_train.training.resume import EnduringTrainer
+from bnf_train.training.resume import ResumeMixin
 from bnf_train.training.trainer import BNFTrainer
 
 WriteRows = Callable[..., Path]
@@ -144,7 +144,7 @@ def test_a_micro_batch_is_one_pass_under_deepspeed(model_folder: Path, monkeypat
         return taken(trainer, *args, **kwargs)
 
     taken = BNFTrainer.training_step
-    monkeypatch.setattr(EnduringTrainer, "training_step", step)
+    monkeypatch.setattr(ResumeMixin, "training_step", step)
     one_step(model_folder, PAIRS, 8, 1, packed=True, tokens_per_pass=1)
     assert len(sizes) > 1
     sizes.clear()
