@@ -201,8 +201,8 @@ class ResumeMixin(_Trainer):
         numbers = inputs["number"]
         if not self._sharded():
             with torch.no_grad(), self.compute_loss_context_manager():
-                _, sums = self.compute_loss(self.model, inputs, return_outputs=True)
-            bad = ~sums.isfinite().all(dim=1)
+                _, responses = self.compute_loss(self.model, inputs, return_outputs=True)
+            bad = ~responses.sums.isfinite().all(dim=1)
             numbers = numbers[bad] if bad.any() else numbers
         return sorted(set(numbers.tolist()))
 
