@@ -8,6 +8,7 @@ memory; a pass is `compute_loss`. What is logged is a row each in `bnf_train.tra
 BNF itself goes through the head in one pass (`linear_bnf_loss`): a token's coefficient is known before its logits are.
 """
 
+import inspect
 import math
 import time
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ class BNFTrainer(ResumeMixin, Trainer):
         starts_at_reference: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.beta = float(getattr(objective, "keywords", {}).get("beta", 1))
+        self.beta = beta_of(objective)
         super().__init__(*args, compute_metrics=partial(metrics.held_out_values, beta=self.beta), **kwargs)
         distributed.keep_float32(self.accelerator)
         if self.args.ddp_find_unused_parameters is None:
@@ -199,6 +200,19 @@ class BNFTrainer(ResumeMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict and distributed.without_tied(self.model, state_dict))
+
+
+def beta_of(objective: Objective) -> float:
+    """The beta that rewards are logged with: bound by functools.partial, else the default of a keyword-only `beta`, else 1."""
+    if "beta" in (bound := getattr(objective, "keywords", {})):
+        return float(bound["beta"])
+    try:
+        parameter = inspect.signature(objective).parameters.get("beta")
+    except (TypeError, ValueError):  # a callable without a signature
+        return 1.0
+    if parameter is None or parameter.kind is not parameter.KEYWORD_ONLY or not isinstance(parameter.default, (int, float)):
+        return 1.0
+    return float(parameter.default)
 
 
 class _ProgressBar(ProgressCallback):

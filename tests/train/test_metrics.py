@@ -1,5 +1,6 @@
-"""Metrics against sums in plain Python, and the one row that a new metric takes."""
+"""Metrics against sums in plain Python, the one row that a new metric takes, and the beta that rewards are logged with."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import EvalPrediction
 
-from bnf_core import TokenBatch
+from bnf_core import OBJECTIVES, TokenBatch, bnf
 from bnf_train import report
 from bnf_train.__main__ import main
 from bnf_train.compare import report as compare_report
@@ -24,10 +25,12 @@ from bnf_train.report.curves import plots
 from bnf_train.training import metrics
 from bnf_train.training.metrics import METRICS, Metric, Panel, Shown
 from bnf_train.training.quantities import Responses, Scored, joined, measure, per_token
+from bnf_train.training.trainer import beta_of
 
 LABELS = ("preferred", "dispreferred")
 SIDES = {"preferred": "chosen", "dispreferred": "rejected"}
 BETA = 0.3
+dpo, simpo = OBJECTIVES["dpo"], OBJECTIVES["simpo"]
 
 
 class One(NamedTuple):
@@ -228,3 +231,30 @@ def test_a_run_logs_nothing_else(
     if rows is PAIRS:
         of_transformers = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step"}
         assert written["held_out"].keys() - of_transformers == evaluated
+
+
+def with_positional_beta(log_odds: Tensor, batch: TokenBatch, beta: float = 0.7) -> Tensor:
+    return log_odds
+
+
+def with_any_keyword(log_odds: Tensor, batch: TokenBatch, **options: float) -> Tensor:
+    return log_odds
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta"),
+    [
+        (dpo, 0.1),
+        (simpo, 2.0),
+        (functools.partial(dpo, beta=0.5), 0.5),
+        (functools.partial(functools.partial(dpo, beta=0.5), beta=0.2), 0.2),
+        (functools.partial(simpo, gamma=0.5), 2.0),
+        (functools.partial(with_any_keyword, beta=3), 3.0),
+        (with_any_keyword, 1.0),
+        (with_positional_beta, 1.0),  # no hyper-parameter: those are keyword-only
+        (bnf, 1.0),
+        (lambda log_odds, batch, *, beta: log_odds, 1.0),
+    ],
+)
+def test_rewards_are_logged_with_the_objectives_own_beta(objective: Any, beta: float) -> None:
+    assert beta_of(objective) == beta
