@@ -12,6 +12,7 @@ import torch
 import transformers
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
 
 from bnf_core import Objective
 from bnf_train import cli, demo, objectives, report
@@ -154,7 +155,7 @@ def _with_head(
 
 def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console: Console) -> None:
     console.print(
-        f"Training {distributed.trained(trainer.model) / 1e6:.1f} M parameters on {config.device.type}, "
+        f"Training {get_model_param_count(trainer.model, trainable_only=True) / 1e6:.1f} M parameters on {config.device.type}, "
         f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
         f"learning rate {config.learning_rate:g}, objective {config.objective}."
     )

@@ -109,11 +109,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def trained(model: nn.Module) -> int:
-    """How many numbers are trained, over all processes: ZeRO-3 leaves empty tensors where weights were."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-
-
 def compile_layers(model: PreTrainedModel, backend: str, mode: str | None) -> None:
     """--torch_compile: the model's repeated layers, each in place, so that one compilation serves all of them.
 

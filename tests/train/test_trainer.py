@@ -20,7 +20,7 @@ from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import load_model, load_tokenizer
 from bnf_train.run import run
 from bnf_train.training.reference_cache import add_ref_log_odds
-from bnf_train.training.resume import EnduringTrainer
+from bnf_train.training.resume import ResumeMixin
 from bnf_train.training.trainer import BNFTrainer
 
 WriteRows = Callable[..., Path]
@@ -38,6 +38,26 @@ def one_step(
     tokens_per_pass: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
+    trainer = trainer_of(
+        folder, rows, per_device, accumulate, objective,
+        packed=packed, with_empty_rows=with_empty_rows, tokens_per_pass=tokens_per_pass,
+    )  # fmt: skip
+    trainer.train()
+    return {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+
+
+def trainer_of(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    per_device: int,
+    accumulate: int,
+    objective: str = "bnf",
+    *,
+    packed: bool = False,
+    with_empty_rows: bool = False,
+    tokens_per_pass: int = 0,
+) -> BNFTrainer:
+    """The trainer of `one_step`, whose reference is not its policy."""
     flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
     config = parse(
         [
@@ -57,7 +77,7 @@ def one_step(
     if with_empty_rows:  # as where another process has one row more
         data = [row for pair in zip(data, [Row("", [])] * len(data), strict=True) for row in pair]
     collator.packed = packed
-    trainer = BNFTrainer(
+    return BNFTrainer(
         model=model,
         args=config,
         objective=OBJECTIVES[objective],
@@ -65,8 +85,6 @@ def one_step(
         train_dataset=data,
         processing_class=tokenizer,
     )
-    trainer.train()
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +162,7 @@ def test_a_micro_batch_is_one_pass_under_deepspeed(model_folder: Path, monkeypat
         return taken(trainer, *args, **kwargs)
 
     taken = BNFTrainer.training_step
-    monkeypatch.setattr(EnduringTrainer, "training_step", step)
+    monkeypatch.setattr(ResumeMixin, "training_step", step)
     one_step(model_folder, PAIRS, 8, 1, packed=True, tokens_per_pass=1)
     assert len(sizes) > 1
     sizes.clear()
@@ -161,6 +179,18 @@ def test_bnf_in_one_pass_is_bnf_from_log_odds(model_folder: Path) -> None:
             torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5)
     finally:
         del OBJECTIVES["bnf_again"]
+
+
+@pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.1), ("simpo", 2.0), ("bnf", 1.0)])
+def test_rewards_are_the_objectives_own(objective: str, beta: float, model_folder: Path) -> None:
+    """beta is the default of the objective where none is bound; 1 where it has none."""
+    trainer = trainer_of(model_folder, PAIRS, 4, 2, objective)
+    found = trainer.evaluate(trainer.train_dataset)
+    assert found["eval_rewards/chosen"] == pytest.approx(beta * found["eval_logp_shift/preferred"])
+    assert found["eval_logp_shift/preferred"] < -1
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["rewards/rejected"] == pytest.approx(beta * found["eval_logp_shift/dispreferred"], rel=1e-4)
 
 
 def test_a_policy_that_does_not_start_at_its_reference_is_refused(
