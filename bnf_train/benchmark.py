@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from bnf_core import bnf as bnf_loss
+from bnf_core import objective_spec
 from bnf_train.config import bf16_in_hardware
 from bnf_train.data import read_rows, tokenize
 from bnf_train.errors import UsageError
@@ -185,11 +187,12 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     length = tokens // 8
     ids = torch.randint(shape.vocab_size, (1, 8 * length), device=device)
     places = torch.arange(8 * length, device=device).view(8, length)[:, :-1].flatten()
+    each = torch.ones(len(places), device=device)
     inputs = {
         "input_ids": ids, "position_ids": torch.arange(length, device=device).repeat(8).unsqueeze(0),
         "response_positions": places, "response_labels": ids[0, places + 1],
-        "ref_log_odds": torch.zeros(len(places), device=device),
-        "coefficient": torch.full((len(places),), 1 / len(places), device=device),
+        "token_loss": objective_spec(bnf_loss).weighted_token_loss,
+        "per_token": (torch.ones_like(each), each / len(places), torch.zeros_like(each)),  # sign, weight, ref_log_odds
     }  # fmt: skip
     times = []
     for _ in range(steps + 2):
