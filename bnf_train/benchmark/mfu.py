@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bnf_core import bnf, objective_spec
 from bnf_train.benchmark.task import figures, this_device, wait
 from bnf_train.config import bf16_in_hardware
 from bnf_train.model.attention import attend_by_response
@@ -43,11 +44,12 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     length = tokens // 8
     ids = torch.randint(shape.vocab_size, (1, 8 * length), device=device)
     places = torch.arange(8 * length, device=device).view(8, length)[:, :-1].flatten()
+    each = torch.ones(len(places), device=device)
     inputs = {
         "input_ids": ids, "position_ids": torch.arange(length, device=device).repeat(8).unsqueeze(0),
         "response_positions": places, "response_labels": ids[0, places + 1],
-        "ref_log_odds": torch.zeros(len(places), device=device),
-        "coefficient": torch.full((len(places),), 1 / len(places), device=device),
+        "token_loss": objective_spec(bnf).weighted_token_loss,
+        "per_token": (torch.ones_like(each), each / len(places), torch.zeros_like(each)),  # sign, weight, ref_log_odds
     }  # fmt: skip
     times = []
     for _ in range(steps + 2):

@@ -89,8 +89,8 @@ def add_lora(model: PreTrainedModel, config: BNFConfig) -> Any:
             f"--lora_target_modules {' '.join(targets)}: this model's head is its input embeddings, and a low-rank step of "
             "one of them unties them; name them in --lora_modules_to_save instead, which trains both as one."
         )
-    for copy in getattr(head, "modules_to_save", {}).values():
-        give_log_odds(copy)
+    for copy in getattr(head, "modules_to_save", {}).values():  # of a tied head peft makes a new layer
+        give_log_odds(copy, model)
     return wrapped
 
 

@@ -5,7 +5,8 @@ collator -> model (backbone, head) -> log-odds per token -> objective -> loss pe
 An optimizer step has micro-batches (--gradient_accumulation_steps); one of them is `training_step`, in passes that fit
 memory; a pass is `compute_loss`. What is logged is a row each in `bnf_train.training.metrics`.
 
-BNF itself goes through the head in one pass (`linear_bnf_loss`): a token's coefficient is known before its logits are.
+An objective per token goes through the head in one pass (`linear_token_loss`): what a token counts is known before its
+logits are.
 """
 
 import inspect
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
-from bnf_core import PAIRWISE, Objective, TokenBatch, bnf, bnf_weight
+from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec
 from bnf_train.data import Row, model_inputs, passes
 from bnf_train.errors import UsageError
 from bnf_train.training import distributed, metrics
@@ -40,7 +41,7 @@ class BNFTrainer(ResumeMixin, Trainer):
 
     Args:
       objective: (log_odds, TokenBatch) -> loss per response, or per pair.
-      pairwise: whether it has one loss per pair; None: as `bnf_core.PAIRWISE` says.
+      pairwise: whether it has one loss per pair; None: as it says itself (`bnf_core.objective_spec`).
       starts_at_reference: the policy is the reference before the first step, so that w = 1: checked on the first batch.
       Everything else: as transformers.Trainer. Data sets hold `bnf_train.data.Row`s, the model has the log-odds head.
     """
@@ -63,9 +64,9 @@ class BNFTrainer(ResumeMixin, Trainer):
             distributed.wait_for_every_gradient(self.accelerator, self.model)
         self._weights_moved = WeightsMoved()
         self.add_callback(self._weights_moved)
-        self.objective = objective
-        self.pairwise = objective in PAIRWISE.values() if pairwise is None else pairwise
-        self.one_pass = getattr(objective, "func", objective) is bnf
+        self.objective, self.spec = objective, objective_spec(objective)
+        self.pairwise = self.spec.per == "pair" if pairwise is None else pairwise
+        self.one_pass = self.spec.per == "token"
         self.starts_at_reference = starts_at_reference
         # compute_loss divides by the responses of the whole step; the second line says so to older transformers (5.17)
         self.loss_is_scaled_for_ga = True
@@ -113,17 +114,16 @@ class BNFTrainer(ResumeMixin, Trainer):
         count = num_items_in_batch if num_items_in_batch is not None else self._losses_in(inputs)
         # gradients are averaged over processes, and the mean is over the losses of all of them
         scale = (self.accelerator.num_processes if model.training else 1) / count
-        # a row whose other side is in another pass is no pair here; only BNF's rows are cut, and BNF asks for none
+        # a row whose other side is in another pass is no pair here; only rows of a loss per token are cut, which asks for none
         pair = None if self.one_pass else torch.where(inputs["paired"], inputs["row"], -1)
         batch = TokenBatch(inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"])
         if self.one_pass:
-            per_response = scale * batch.sign / batch.lengths
-            loss, log_odds, entropy = model(
-                **model_inputs(inputs), ref_log_odds=batch.ref_log_odds, coefficient=per_response[batch.response]
-            )
+            token_loss, per_token = self.spec.weighted_token_loss, self.spec.per_token(batch, scale)
+            loss, log_odds, entropy = model(**model_inputs(inputs), token_loss=token_loss, per_token=per_token)
             batch = replace(batch, entropy=entropy)
             with torch.no_grad():
                 losses = self.objective(log_odds, batch)
+            loss = loss + (losses.sum() * scale - loss.detach())  # terms that have no gradient, such as BNF's entropy
         else:
             log_odds, entropy = model(**model_inputs(inputs))
             batch = replace(batch, entropy=entropy)

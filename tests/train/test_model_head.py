@@ -1,6 +1,9 @@
 """The log-odds head on real architectures computes what their own logits say."""
 
+import copy
+import pickle
 import unittest.mock
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,7 +112,7 @@ def test_bf16_weights_pass_and_another_head_does_not(name: str, monkeypatch: pyt
     if cap is not None:
         wrong.append(("_softcap", lambda _: 1.05 * cap))
     if head.bias is not None:
-        wrong.append(("_head_forward", _without_bias))
+        wrong.append(("LogOddsHead", WithoutBias))
     for function, other in wrong:
         with monkeypatch.context() as patch:
             patch.setattr(model_head, function, other)
@@ -117,10 +120,42 @@ def test_bf16_weights_pass_and_another_head_does_not(name: str, monkeypatch: pyt
                 attach_log_odds_head(model)
 
 
-def _without_bias(head: Any, hidden: Tensor, response_labels: Tensor | None = None, *args: Any, **options: Any) -> Any:
-    if response_labels is None:
-        return type(head).forward(head, hidden)
-    return linear_log_odds(hidden, head.weight, response_labels, **options)
+class WithoutBias(model_head.LogOddsHead):
+    def __call__(self, hidden: Tensor, response_labels: Tensor | None = None, *args: Any) -> Any:
+        if response_labels is None:
+            return super().__call__(hidden)
+        weight: Any = self.head.weight
+        return linear_log_odds(hidden, weight, response_labels, softcap=self.softcap, logit_scale=self.logit_scale)
+
+
+def copies(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    return {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
+def test_a_copy_computes_with_its_own_weight(name: str, tmp_path: Path) -> None:
+    """Of the model, and of its head alone, as peft makes of it; what is saved is named as transformers names it."""
+    model = tiny(name)
+    attach_log_odds_head(model)
+    inputs = {"input_ids": torch.arange(9).unsqueeze(0), "response_positions": torch.arange(8)}
+    inputs["response_labels"] = torch.arange(1, 9)
+    before = model(**inputs)[0].detach()
+    for how, other in copies(model).items():
+        torch.testing.assert_close(other(**inputs)[0], before, rtol=0, atol=0, msg=how)
+        with torch.no_grad():
+            other.get_output_embeddings().weight.mul_(2)
+        assert (other(**inputs)[0] - before).abs().max() > 1e-2, how
+        logits = other(input_ids=inputs["input_ids"]).logits[0, :8]
+        torch.testing.assert_close(other(**inputs)[0], token_log_odds(logits, inputs["response_labels"])[0], msg=how)
+        assert torch.equal(model(**inputs)[0], before), how
+    head, hidden, labels = model.get_output_embeddings(), torch.randn(8, 16), inputs["response_labels"]
+    one = copy.deepcopy(head)
+    with torch.no_grad():
+        one.weight.mul_(2)
+    assert not torch.equal(one(hidden, labels)[0], head(hidden, labels)[0])
+    model.save_pretrained(tmp_path)
+    saved = AutoConfig.from_pretrained(tmp_path)
+    assert saved.architectures == [type(tiny(name)).__name__]
 
 
 def test_head_and_objective_are_the_papers_loss() -> None:

@@ -4,18 +4,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from preference_rows import PAIRS, SINGLES
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bnf_core import OBJECTIVES, bnf
+from bnf_core import OBJECTIVES, linear_token_loss, objective
 from bnf_train.__main__ import main
 from bnf_train.data import Collator, Row, passes, tokenize
 from bnf_train.flags import parse
+from bnf_train.model import head as model_head
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import load_model, load_tokenizer
 from bnf_train.run import run
@@ -116,10 +119,10 @@ def test_the_step_does_not_depend_on_packing_or_empty_micro_batches(model_folder
             torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate} {options}")
 
 
-@pytest.mark.parametrize("objective", ["bnf", "dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["bnf", "log_likelihood", "dpo", "simpo"])
 @pytest.mark.parametrize("most", [1, 130, 200])
 def test_the_step_does_not_depend_on_its_passes(model_folder: Path, objective: str, most: int) -> None:
-    """Passes of a packed batch: BNF's cut between responses, others' between rows, so that a pair stays one."""
+    """Passes of a packed batch: a loss per token's cut between responses, others' between rows, so that a pair stays one."""
     whole = one_step(model_folder, PAIRS, 8, 1, objective, packed=True)
     for key, value in one_step(model_folder, PAIRS, 8, 1, objective, packed=True, tokens_per_pass=most).items():
         torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=key)
@@ -171,14 +174,31 @@ def test_a_micro_batch_is_one_pass_under_deepspeed(model_folder: Path, monkeypat
     assert len(sizes) == 1
 
 
-def test_bnf_in_one_pass_is_bnf_from_log_odds(model_folder: Path) -> None:
-    whole = one_step(model_folder, PAIRS, 4, 2)
-    OBJECTIVES["bnf_again"] = lambda log_odds, batch: bnf(log_odds, batch)  # not recognised: log-odds, then the loss
-    try:
-        for key, value in one_step(model_folder, PAIRS, 4, 2, "bnf_again").items():
-            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5)
-    finally:
-        del OBJECTIVES["bnf_again"]
+@objective(per="token")
+def one_sided(log_odds: torch.Tensor, sign: torch.Tensor, ref_log_odds: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
+    """Of one's own: w on dispreferred tokens only."""
+    w = torch.where(sign > 0, 1, (log_odds.detach() - ref_log_odds).clamp(max=0).exp() ** power)
+    return -sign * w * logsigmoid(log_odds)
+
+
+@pytest.mark.parametrize("name", ["bnf", "bnf_binary", "log_likelihood", "one_sided"])
+def test_a_loss_per_token_in_one_pass_is_the_objective_on_log_odds(
+    name: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it does not recompute the logits: `linear_log_odds` is not called."""
+    loss = partial(one_sided, power=0.5) if name == "one_sided" else OBJECTIVES[name]
+    monkeypatch.setitem(OBJECTIVES, "one", loss)
+    monkeypatch.setitem(OBJECTIVES, "two", lambda log_odds, batch: loss(log_odds, batch))  # says nothing of itself
+    calls = []
+    monkeypatch.setattr(model_head, "linear_token_loss", lambda *a, **k: calls.append(a) or linear_token_loss(*a, **k))
+    ours = one_step(model_folder, PAIRS, 4, 2, "one")
+    assert len(calls) == 2
+    theirs = one_step(model_folder, PAIRS, 4, 2, "two")
+    assert len(calls) == 2
+    before = load_model(str(model_folder)).state_dict()
+    assert any((ours[k] - before[k]).abs().max() > 1e-3 for k in ours)
+    for key, value in theirs.items():
+        torch.testing.assert_close(value, ours[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.1), ("simpo", 2.0), ("bnf", 1.0)])
