@@ -136,10 +136,10 @@ def test_checkpointing_saves_activations_and_length_costs(model_folder: Path) ->
 
 
 def test_sharding_divides_by_the_gpus() -> None:
-    size = size.ModelSize(1_000_000, 1000, 1000, 100, True, 900_000, 1000, 10, 64, 5000)
-    assert memory.weight_bytes(size, "DDP", 8) == 4_000_000
-    assert memory.weight_bytes(size, "FSDP2", 8) == 4 * (125_000 + 2 * 1000 + 1000)
-    assert memory.gradient_bytes(size, 1_000_000, "DDP", 8) == 2 * memory.gradient_bytes(size, 1_000_000, "DDP", 1)
+    model = size.ModelSize(1_000_000, 1000, 1000, 100, True, 900_000, 1000, 10, 64, 5000)
+    assert memory.weight_bytes(model, "DDP", 8) == 4_000_000
+    assert memory.weight_bytes(model, "FSDP2", 8) == 4 * (125_000 + 2 * 1000 + 1000)
+    assert memory.gradient_bytes(model, 1_000_000, "DDP", 8) == 2 * memory.gradient_bytes(model, 1_000_000, "DDP", 1)
     assert memory.optimizer_bytes(1_000_000, "ZeRO-3", 8, "adamw_torch_fused") == 1_000_000
     assert math.isclose(work.gpu_hours(312e12 * 3600, 312, 0.5), 2)
 
