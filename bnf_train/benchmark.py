@@ -164,7 +164,8 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from bnf_train.model.attention import attend_by_response
+    from bnf_train.data import model_inputs, packed
+    from bnf_train.model.attention import attend_varlen
     from bnf_train.model.head import attach_log_odds_head
 
     device = _device()
@@ -174,7 +175,7 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
         torch.set_default_dtype(dtype if lora else torch.float32)
         model = LlamaForCausalLM(shape)
         torch.set_default_dtype(torch.float32)
-    attend_by_response(model)
+    attend_varlen(model)
     attach_log_odds_head(model)
     embedded = model.get_input_embeddings().weight.numel()
     multiplying = sum(p.numel() for p in model.parameters()) - (0 if shape.tie_word_embeddings else embedded)
@@ -185,8 +186,7 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     length = tokens // 8
     ids = torch.randint(shape.vocab_size, (1, 8 * length), device=device)
     places = torch.arange(8 * length, device=device).view(8, length)[:, :-1].flatten()
-    inputs = {
-        "input_ids": ids, "position_ids": torch.arange(length, device=device).repeat(8).unsqueeze(0),
+    inputs = model_inputs(packed(ids[0].split(length))) | {
         "response_positions": places, "response_labels": ids[0, places + 1],
         "ref_log_odds": torch.zeros(len(places), device=device),
         "coefficient": torch.full((len(places),), 1 / len(places), device=device),

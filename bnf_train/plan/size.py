@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bnf_train.errors import UsageError
-from bnf_train.model.attention import attend_by_response
+from bnf_train.model.attention import attend_varlen
 from bnf_train.model.load import from_model
 
 
@@ -47,7 +47,7 @@ def build(name: str, trust_remote_code: bool, dtype: str = "float32") -> PreTrai
     kwargs = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     with FakeTensorMode():
         model: PreTrainedModel = from_model(name, lambda *_, **__: AutoModelForCausalLM.from_config(config, **kwargs))
-    attend_by_response(model)
+        attend_varlen(model)
     return model
 
 
