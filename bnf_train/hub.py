@@ -17,14 +17,25 @@ def load_hub_dataset(name: str) -> Any:
             f"--dataset {name}: no such file; expected a .jsonl, .json, .parquet or .csv file, or a hub dataset's name."
         )
     repository, _, configuration = name.partition(":")
-    download = datasets.DownloadConfig(local_files_only=not reachable())
     try:
-        return datasets.load_dataset(repository, configuration or None, download_config=download)
+        if not reachable() and not _is_cached(repository):  # datasets would try for half a minute before it looks there
+            raise ConnectionError("the hub cannot be reached")
+        return datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # the library raises a dozen unrelated types here
         raise UsageError(
             f"{name}: the dataset could not be fetched from the Hugging Face hub ({why_not_fetched(error)}); "
             "pass --dataset with a local .jsonl file instead."
         ) from error
+
+
+def _is_cached(repository: str) -> bool:
+    """Folders are named as the repository, with / and capitals written in underscores."""
+
+    def plain(text: str) -> str:
+        return text.replace("/", "").replace("_", "").lower()
+
+    folders = Path(datasets.config.HF_DATASETS_CACHE).glob("*/")
+    return any(plain(folder.name) == plain(repository) for folder in folders)
 
 
 def why_not_fetched(error: BaseException) -> str:

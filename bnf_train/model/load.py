@@ -51,7 +51,7 @@ def load_model(
         disable_progress_bar()  # of shards being read; a log file wants none
     model, info = from_model(
         name,
-        AutoModelForCausalLM.from_pretrained,
+        _load_causal_lm,
         flag,
         dtype=dtype,
         use_safetensors=True,
@@ -75,6 +75,12 @@ def load_model(
         if not tensor.is_meta and tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UsageError(f"{flag} {name}: the tensor {key} holds NaN or infinity; the weights are damaged.")
     return model
+
+
+def _load_causal_lm(name: str, local_files_only: bool, **options: Any) -> Any:
+    """transformers looks for an adapter's configuration, too, and passes local_files_only to that in another place."""
+    own = {"local_files_only": local_files_only}
+    return AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=dict(own), **own, **options)
 
 
 def from_model(name: str, load: Callable[..., T], flag: str = "--model", could: str = "could", **options: Any) -> T:

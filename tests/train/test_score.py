@@ -1,17 +1,14 @@
 """The loop of scoring and the loop of generation: the same for any batches, and nothing of the model is left changed."""
 
 import doctest
-import os
 import random
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from bnf_core import token_log_odds
-from bnf_train import hub
 from bnf_train.data import Collator, Response, collate
 from bnf_train.model.attention import NAME, attend_varlen
 from bnf_train.model.generate import generate
@@ -114,19 +111,6 @@ def test_a_seed_draws_the_same_again_and_leaves_the_state_alone(tokenizer: Any) 
 def test_longest_first() -> None:
     assert longest_first([3, 9, 1, 9, 5], 2) == [[1, 3], [4, 0], [2]]
     assert longest_first([], 2) == []
-
-
-def test_whether_the_hub_answers_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    hub.reachable.cache_clear()
-    before = dict(os.environ)
-    try:
-        assert not hub.reachable()
-    finally:
-        hub.reachable.cache_clear()
-    assert dict(os.environ) == before
-    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
 def test_the_worked_batch() -> None:
