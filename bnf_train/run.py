@@ -19,7 +19,7 @@ from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
 from bnf_train.data import Collator, Row, digest, read_and_tokenize
 from bnf_train.errors import UsageError
-from bnf_train.model.attention import attend_by_response, attention_width
+from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head, can_pack
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.model.lora import add_lora, quantization
@@ -141,9 +141,9 @@ def _with_head(
     """The model `name` with the log-odds head, and the collator that it can do with."""
     flag = "--model" if name == config.model else "--ref_model"
     model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config), flag)
-    if config.packing:
-        attend_by_response(model)
     with distributed.gathered(model):
+        if config.packing:
+            attend_varlen(model)
         attach_log_odds_head(model)
         packed = config.packing and can_pack(model)
     if config.packing and not packed:

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bnf_core import bnf, objective_spec
 from bnf_train.benchmark.task import figures, this_device, wait
 from bnf_train.config import bf16_in_hardware
-from bnf_train.model.attention import attend_by_response
+from bnf_train.data import model_inputs, packed
+from bnf_train.model.attention import attend_varlen
 from bnf_train.model.head import attach_log_odds_head
 
 LLAMA_3_8B = {
@@ -33,7 +34,7 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
         torch.set_default_dtype(dtype if lora else torch.float32)
         model = LlamaForCausalLM(shape)
         torch.set_default_dtype(torch.float32)
-    attend_by_response(model)
+    attend_varlen(model)
     attach_log_odds_head(model)
     embedded = model.get_input_embeddings().weight.numel()
     multiplying = sum(p.numel() for p in model.parameters()) - (0 if shape.tie_word_embeddings else embedded)
@@ -45,8 +46,7 @@ def mfu(layers: int, tokens: int, lora: bool, steps: int, config: dict[str, Any]
     ids = torch.randint(shape.vocab_size, (1, 8 * length), device=device)
     places = torch.arange(8 * length, device=device).view(8, length)[:, :-1].flatten()
     each = torch.ones(len(places), device=device)
-    inputs = {
-        "input_ids": ids, "position_ids": torch.arange(length, device=device).repeat(8).unsqueeze(0),
+    inputs = model_inputs(packed(ids[0].split(length))) | {
         "response_positions": places, "response_labels": ids[0, places + 1],
         "token_loss": objective_spec(bnf).weighted_token_loss,
         "per_token": (torch.ones_like(each), each / len(places), torch.zeros_like(each)),  # sign, weight, ref_log_odds

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bnf_core import linear_log_odds, linear_token_loss, token_log_odds
+from bnf_train.data import model_inputs, packed
 from bnf_train.errors import UsageError
 
 TokenLoss = Callable[..., Tensor]
@@ -133,24 +134,24 @@ def _in_float32(head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> 
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether responses that stand one behind the other in a sequence do not see each other, by trying it.
 
-    transformers keeps them apart by positions that start again at 0, with the attention implementations and the
+    cu_seq_lens and positions that start again at 0 keep them apart, with the attention implementations and the
     architectures that can. Where it does not, the second response's log-odds differ from what they are alone: by more
     than float32's rounding; in bf16, whose rounding is larger, by a good part of what seeing the first one does to them.
     """
-    first, second = _some_ids(model, 17).split([8, 9], dim=1)
-    labels, places = second[0, 1:], torch.arange(8, device=second.device)
-    position_ids = torch.cat([torch.arange(n, device=first.device) for n in (8, 9)]).unsqueeze(0)
-    alone, _ = _evaluated(model, input_ids=second, response_positions=places, response_labels=labels)
-    both = {"input_ids": torch.cat([first, second], dim=1), "response_positions": places + 8, "response_labels": labels}
+    first, second = _some_ids(model, 17)[0].split([8, 9])
+    labels, places = second[1:], torch.arange(8, device=second.device)
+    alone, _ = _evaluated(model, input_ids=second.unsqueeze(0), response_positions=places, response_labels=labels)
+    batch = packed([first, second]) | {"response_positions": places + 8, "response_labels": labels}
     noise = 1e-3
     if model.dtype.itemsize < 4:
-        seeing, _ = _evaluated(model, **both)
+        names = ("input_ids", "response_positions", "response_labels")
+        seeing, _ = _evaluated(model, **{name: batch[name] for name in names})
         noise = 0.1 * (seeing - alone).abs().max().item()
     try:
-        packed, _ = _evaluated(model, **both, position_ids=position_ids)
-    except (TypeError, ValueError, RuntimeError):  # an architecture without position_ids
+        together, _ = _evaluated(model, **model_inputs(batch))
+    except (TypeError, ValueError, RuntimeError):  # an architecture without position_ids, or that takes no cu_seq_lens
         return False
-    return bool((packed - alone).abs().max() < noise)
+    return bool((together - alone).abs().max() < noise)
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def test_passes_are_the_batch_in_parts(model_folder: Path) -> None:
     for most, whole_rows in ((1, False), (1, True), (100, False), (300, True)):
         parts = passes(batch, most, whole_rows)
         for name, value in batch.items():
-            if name not in ("response", "response_positions"):
+            if name not in ("response", "response_positions", "cu_seq_lens", "max_length"):
                 together = torch.cat([part[name] for part in parts], dim=value.dim() - 1)
                 assert torch.equal(together, value), name
         for part in parts:
@@ -144,6 +144,9 @@ def test_passes_are_the_batch_in_parts(model_folder: Path) -> None:
             assert part["response"].unique().tolist() == list(range(responses))
             predicted = part["input_ids"][0, part["response_positions"] + 1]
             assert torch.equal(predicted, part["response_labels"])
+            starts = (part["position_ids"][0] == 0).nonzero().flatten().tolist()
+            assert part["cu_seq_lens"].tolist() == [*starts, part["input_ids"].numel()]
+            assert part["max_length"] == int(part["position_ids"].max()) + 1
             if whole_rows:
                 assert all(int((part["row"] == row).sum()) == int((batch["row"] == row).sum()) for row in part["row"])
     assert passes(batch, 1e9) == [batch]
