@@ -10,6 +10,7 @@ import huggingface_hub
 import torch
 from transformers import SchedulerType, TrainingArguments
 
+from bnf_core import multiplies
 from bnf_train import demo
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError
 from bnf_train.options import FOR_BF16_WEIGHTS, Data, LoRA, Model, Objective, Output, Training
@@ -160,7 +161,7 @@ def _optim_args_for_bf16_weights(optim: str, optim_args: str | None) -> str:
 def bf16_in_hardware(use_cpu: bool) -> bool:
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return multiplies(torch.bfloat16, "cpu")
 
 
 def resumes(argument: str | bool | None) -> bool:

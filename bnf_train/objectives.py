@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.hf_argparser import string_to_bool
 
 from bnf_core import OBJECTIVES, Objective, ObjectiveSpec, TokenBatch, objective_spec
 from bnf_train.errors import UsageError, nearest, one_line
@@ -146,8 +147,6 @@ def _module(name: str, module: str) -> Any:
 
 def _type_of(parameter: inspect.Parameter) -> Any:
     kind = parameter.annotation if parameter.default is parameter.empty else type(parameter.default)
-    from transformers.hf_argparser import string_to_bool
-
     return {bool: string_to_bool, int: int, str: str}.get(kind, _number)
 
 

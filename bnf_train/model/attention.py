@@ -29,7 +29,7 @@ def attend_varlen(model: PreTrainedModel) -> None:
     what it attends to into the mask for "sdpa" by that name, and leaves it out of the mask for others, as sparse attention
     does (DeepSeek-V3.2): under another name they would be other models.
     """
-    if model.config._attn_implementation != "sdpa" or _knows_sdpa_by_name(model):
+    if attention_of(model) != "sdpa" or _knows_sdpa_by_name(model):
         return
     model.set_attn_implementation(NAME)
     if _hands_lengths_on(model):
@@ -38,13 +38,18 @@ def attend_varlen(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the implementation of attention that the model uses, as transformers registers it."""
+    return str(model.config._attn_implementation)
+
+
 def attention_width(model: PreTrainedModel) -> float:
     """The length at which attention over the whole of a sequence is as much work as the rest of a layer.
 
     A layer of width d multiplies about 12 d^2 weights a token, and attention 2 d numbers a token and position: 6 d.
     Infinite for implementations that skip what a packed response does not see.
     """
-    skips = str(model.config._attn_implementation).startswith(("flash", "flex", NAME))
+    skips = attention_of(model).startswith(("flash", "flex", NAME))
     return math.inf if skips else 6.0 * float(getattr(model.config.get_text_config(), "hidden_size", math.inf))
 
 

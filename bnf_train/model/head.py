@@ -82,11 +82,14 @@ class LogOddsHead:
         if response_labels is None:
             return type(self.head).forward(self.head, hidden)
         weight: Any = self.head.weight
-        options: dict[str, Any] = {"bias": getattr(self.head, "bias", None)}
-        options |= {"softcap": self.softcap, "logit_scale": self.logit_scale}
         if token_loss is None:
-            return linear_log_odds(hidden, weight, response_labels, **options)
-        return linear_token_loss(hidden, weight, response_labels, token_loss, *per_token, **options)
+            return linear_log_odds(hidden, weight, response_labels, **self.options)
+        return linear_token_loss(hidden, weight, response_labels, token_loss, *per_token, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes logits of hidden states and weight, for the functions of `bnf_core`."""
+        return {"bias": getattr(self.head, "bias", None), "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
 def _softcap(model: PreTrainedModel) -> float | None:

@@ -85,14 +85,14 @@ def _target_logits(model: Any) -> Iterator[list[Tensor]]:
     """A list to which every forward pass of the head adds the logits of its target tokens; of no model: an empty one."""
     seen: list[Tensor] = []
 
-    def keep(head: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def keep(head: Any, args: tuple[Any, ...]) -> None:
         hidden, labels = args[:2]
-        seen.append(analysis.target_logits(hidden, head.weight, labels, bias=getattr(head, "bias", None), **options))
+        seen.append(analysis.target_logits(hidden, head.weight, labels, **head.forward.options))
 
     if model is None:
         yield seen
         return
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep, with_kwargs=True)
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         yield seen
     finally:

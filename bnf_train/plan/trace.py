@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
-from bnf_train.model.attention import NAME, PackedResponses
+from bnf_train.model.attention import NAME, PackedResponses, attention_of
 from bnf_train.plan.memory import head_bytes
 
 
@@ -37,7 +37,7 @@ def trace(model: PreTrainedModel, batch: dict[str, Any], bf16: bool, checkpointi
     names, own = ["input_ids", "attention_mask", "position_ids"], dict[str, Any]()
     if "attention_mask" in batch and batch["attention_mask"].all():
         names.remove("attention_mask")  # as transformers does, which reads it
-    if "cu_seq_lens" in batch and model.config._attn_implementation == NAME:
+    if "cu_seq_lens" in batch and attention_of(model) == NAME:
         names.remove("position_ids")  # from which transformers would make a mask
         own = {"packed_responses": _Causal(batch["cu_seq_lens"].diff().tolist())}
     with weight.fake_mode, (live := Live()):

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -38,8 +39,6 @@ def keep_float32(accelerator: Accelerator) -> None:
         return
     fsdp, deepspeed = (getattr(accelerator.state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
     if fsdp is not None and fsdp.fsdp_version == 2:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
         fsdp.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if deepspeed is not None:
         deepspeed.deepspeed_config["bf16"] = {"enabled": False}

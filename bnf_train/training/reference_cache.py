@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import bnf_core
 from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
+from bnf_train.model.attention import attention_of
 from bnf_train.model.load import load_tokenizer
 from bnf_train.model.score import score
 
@@ -197,7 +198,7 @@ def _manifest(
         "dtype": str(model.get_output_embeddings().weight.dtype),
         "autocast": str(autocast or None),
         "float32_products": [b.matmul.fp32_precision for b in (torch.backends.cuda, torch.backends.mkldnn)],
-        "attention": str(model.config._attn_implementation),
+        "attention": attention_of(model),
         "head": "linear_log_odds",
         "packed": collator.packed,
         "compiled": any(module._compiled_call_impl is not None for module in model.modules()),
