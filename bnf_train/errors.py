@@ -1,6 +1,14 @@
 """The exceptions that a user sees as a sentence instead of a traceback."""
 
+import difflib
 import signal
+from collections.abc import Iterable
+
+# why rows cannot come as a stream: the end of several sentences
+WHY_NOT_STREAMED = (
+    "every response is scored once by the reference before training, and rows are shuffled over the whole set, "
+    "so all rows must be at hand"
+)
 
 
 class UsageError(Exception):
@@ -25,3 +33,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had no memory left: torch.OutOfMemoryError, or what torch's CPU allocator raises."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What a library says of its failure, on one line without the stop at its end; its kind where it says nothing."""
+    words = " ".join(str(error).split())[:most].rstrip(".") or type(error).__name__
+    return words if words.isprintable() else ascii(words)[1:-1]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; the nearest is …" where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; the nearest is {close[0]}" if close else ""

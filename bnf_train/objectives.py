@@ -2,49 +2,58 @@
 
 Hyper-parameters are the keyword-only parameters of the function, with its defaults: they are listed nowhere else.
 A function of one's own takes (log_odds, batch), as those of `bnf_core.OBJECTIVES` do, and returns one loss per
-response, or, with the attribute `pairwise = True`, one per pair.
+response, or, with the attribute `pairwise = True`, one per pair. It may say what it is with `bnf_core.objective`; one per
+token, written as the loss of a token, trains in one pass through the head.
 """
 
 import argparse
-import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.hf_argparser import string_to_bool
 
-from bnf_core import OBJECTIVES, PAIRWISE, Objective, TokenBatch
-from bnf_train.errors import UsageError
-
-if TYPE_CHECKING:
-    from bnf_train.config import BNFConfig
+from bnf_core import OBJECTIVES, Objective, ObjectiveSpec, TokenBatch, objective_spec
+from bnf_train.errors import UsageError, nearest, one_line
 
 
-def resolve(config: "BNFConfig") -> tuple[Objective, bool]:
-    """The objective with its hyper-parameters bound, and whether it has one loss per pair (else one per response).
+class Resolved(NamedTuple):
+    """An objective with its hyper-parameters bound, and whether it has one loss per pair (else one per response)."""
+
+    objective: Objective
+    pairwise: bool
+
+    @property
+    def spec(self) -> ObjectiveSpec:
+        """What it says of itself: per token, response or pair, and whether it needs the reference."""
+        return objective_spec(self.objective)
+
+
+def resolve(name: str, given: Mapping[str, Any]) -> Resolved:
+    """The objective that `--objective name` means with the hyper-parameters `given`, tried on one pair.
 
     Raises:
       UsageError: no such function, a hyper-parameter out of range or missing, or a result of another shape.
     """
-    function = find(config.objective)
-    pairwise = is_pairwise(config.objective, function)
+    function = find(name)
+    pairwise = is_pairwise(name, function)
     known = hyperparameters(function)
-    given: dict[str, Any] = dict(config.hyperparameters)
-    for name in given:
-        if name not in known:
+    for key in given:
+        if key not in known:
             has = " ".join(f"--{other}" for other in known) or "none"
-            raise UsageError(f"--{name}: --objective {config.objective} has no such hyper-parameter; it has {has}.")
-    for name, parameter in known.items():
-        if name not in given and parameter.default is inspect.Parameter.empty:
-            raise UsageError(f"--{name} is missing: --objective {config.objective} has no default for it.")
+            raise UsageError(f"--{key}: --objective {name} has no such hyper-parameter; it has {has}.")
+    for key, parameter in known.items():
+        if key not in given and parameter.default is inspect.Parameter.empty:
+            raise UsageError(f"--{key} is missing: --objective {name} has no default for it.")
     objective = functools.partial(function, **given) if given else function
-    _try(config.objective, objective, pairwise)
-    return objective, pairwise
+    _try(name, objective, pairwise)
+    return Resolved(objective, pairwise)
 
 
 @functools.cache  # a user's file is run once
@@ -61,7 +70,8 @@ def find(name: str) -> Objective:
     module = _module(name, module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
-        functions = [k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_")]
+        own = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        functions = [k for k in own if not k.startswith("_")]
         raise UsageError(
             f"--objective {name}: {module_name} has no function {function_name}; it has {', '.join(functions) or 'none'}."
         )
@@ -76,11 +86,16 @@ def find(name: str) -> Objective:
 
 
 def is_pairwise(name: str, function: Objective) -> bool:
-    """One loss per pair: those of `bnf_core.PAIRWISE`, and a user's own with `pairwise = True`."""
-    pairwise = name in PAIRWISE or getattr(function, "pairwise", False)
+    """One loss per pair: as an objective says itself, and a user's own undecorated with `pairwise = True`."""
+    pairwise = getattr(function, "pairwise", False)
     if not isinstance(pairwise, bool):
         raise UsageError(f"--objective {name}: expected its attribute pairwise to be True or False, got {pairwise!r}.")
-    return pairwise
+    return objective_spec(function).per == "pair"
+
+
+def is_per_token(name: str) -> bool:
+    """A token's loss depends on that token alone: one pass of three products through the head, and rows may be cut."""
+    return objective_spec(find(name)).per == "token"
 
 
 def hyperparameters(function: Objective) -> dict[str, inspect.Parameter]:
@@ -110,12 +125,6 @@ def flags(chosen: Objective) -> dict[str, dict[str, Any]]:
     }
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; the nearest is …" where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; the nearest is {close[0]}" if close else ""
-
-
 def _module(name: str, module: str) -> Any:
     try:
         if not module.endswith(".py"):
@@ -131,14 +140,13 @@ def _module(name: str, module: str) -> Any:
     except UsageError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's own file raises
-        raise UsageError(f"--objective {name}: {module} could not be imported ({_sentence(error)}).") from error
+        what = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise UsageError(f"--objective {name}: {module} could not be imported ({what}).") from error
     return loaded
 
 
 def _type_of(parameter: inspect.Parameter) -> Any:
     kind = parameter.annotation if parameter.default is parameter.empty else type(parameter.default)
-    from transformers.hf_argparser import string_to_bool
-
     return {bool: string_to_bool, int: int, str: str}.get(kind, _number)
 
 
@@ -165,7 +173,7 @@ def _try(name: str, objective: Objective, pairwise: bool) -> None:
     try:
         losses = objective(log_odds, batch)
     except Exception as error:  # a user's own may raise anything
-        reason = str(error).rstrip(".") if isinstance(error, ValueError) else _sentence(error)
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error, 300)}"
         raise UsageError(f"--objective {name}: {reason}.") from error
     shape = (1,) if pairwise else (2,)
     if not isinstance(losses, torch.Tensor) or tuple(losses.shape) != shape:
@@ -177,7 +185,3 @@ def _try(name: str, objective: Objective, pairwise: bool) -> None:
     if not losses.isfinite().all() or not losses.requires_grad:
         got = "one without a gradient" if losses.isfinite().all() else str(losses.tolist())
         raise UsageError(f"--objective {name}: expected finite, differentiable losses where policy = reference, got {got}.")
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")

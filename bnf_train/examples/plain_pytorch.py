@@ -7,11 +7,11 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import linear_bnf_loss, linear_log_odds
-from bnf_train import data, demo, read
+from bnf_train import data, demo
 
 path, file = sys.argv[1:] or (demo.MODEL, demo.PREFERENCES)
 tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-rows, _ = data.tokenize(read.read_rows(str(file))[:8], tokenizer, max_length=512, source=str(file))
+rows, _ = data.tokenize(data.read_rows(str(file))[:8], tokenizer, max_length=512, source=str(file))
 responses = [response for row in rows for response in row.responses]  # input_ids, prompt_length, preferred
 head, optimizer = model.get_output_embeddings().weight, torch.optim.AdamW(model.parameters(), lr=2e-4)
 

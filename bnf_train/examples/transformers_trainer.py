@@ -8,11 +8,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from bnf_core import TokenBatch, bnf, token_log_odds
-from bnf_train import data, demo, read
+from bnf_train import data, demo
 
 path, file = sys.argv[1:] or (demo.MODEL, demo.PREFERENCES)
 tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-rows, _ = data.tokenize(read.read_rows(str(file))[:8], tokenizer, max_length=512, source=str(file))
+rows, _ = data.tokenize(data.read_rows(str(file))[:8], tokenizer, max_length=512, source=str(file))
 responses = [response for row in rows for response in row.responses]  # input_ids, prompt_length, preferred
 ids = pad_sequence([torch.tensor(r.input_ids) for r in responses], batch_first=True)  # on the right, where no token looks
 targets = [torch.tensor([-100] * r.prompt_length + r.input_ids[r.prompt_length :]) for r in responses]

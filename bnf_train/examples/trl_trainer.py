@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 from trl import KTOConfig, KTOTrainer
 
 from bnf_core import TokenBatch, bnf, token_log_odds
-from bnf_train import demo, read
+from bnf_train import data, demo
 
 path, file = sys.argv[1:] or (demo.MODEL, demo.PREFERENCES)
 
@@ -28,7 +28,7 @@ class BNFTrainer(KTOTrainer):  # its rows (prompt, completion, label), its refer
 
 
 chat = {"prompt": "user", "completion": "assistant"}
-rows = [r | {k: [{"role": role, "content": r[k]}] for k, role in chat.items()} for r in read.read_rows(str(file))[:8]]
+rows = [r | {k: [{"role": role, "content": r[k]}] for k, role in chat.items()} for r in data.read_rows(str(file))[:8]]
 options = {"learning_rate": 2e-4, "num_train_epochs": 4, "save_strategy": "no", "bf16": False}
 args = KTOConfig("runs/example", loss_type="apo_zero_unpaired", per_device_train_batch_size=8, **options)  # no KL pass
 trainer = BNFTrainer(str(path), args=args, train_dataset=Dataset.from_list(rows))

@@ -10,9 +10,6 @@ os.environ["TQDM_DISABLE"] = "1"
 import matplotlib.pyplot  # noqa: F401
 from matplotlib.figure import Figure
 
-import bnf_train.__main__
-import bnf_train.compare
-import bnf_train.report
-import bnf_train.trainer  # noqa: F401
+import bnf_train.training.trainer  # noqa: F401
 
 Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]  # rendering takes longer than a run

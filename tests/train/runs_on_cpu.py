@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from matplotlib.figure import Figure
 
 from bnf_train.__main__ import main
-from bnf_train.trainer import BNFTrainer
+from bnf_train.training.trainer import BNFTrainer
 
 
 def choose_fsdp() -> None:

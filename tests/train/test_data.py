@@ -17,10 +17,8 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from bnf_train.collate import Collator
-from bnf_train.config import parse
-from bnf_train.conversations import to_conversations
 from bnf_train.data import (
+    Collator,
     Counts,
     Response,
     Row,
@@ -32,8 +30,10 @@ from bnf_train.data import (
     split_by_prompt,
     tokenize,
 )
+from bnf_train.data.conversations import to_conversations
+from bnf_train.data.render import show
 from bnf_train.errors import UsageError
-from bnf_train.render import show
+from bnf_train.flags import parse
 
 SYSTEM, USER, WELL, BADLY = (
     {"role": "system", "content": "be brief"},
@@ -306,7 +306,7 @@ def test_rows_do_not_depend_on_the_chunk_that_they_are_in(
     once = tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop"))
     assert once[1].empty == [7, 14, 21, 28, 35]
     assert once[1].dropped
-    monkeypatch.setattr("bnf_train.data.CHUNK", 4)
+    monkeypatch.setattr("bnf_train.data.tokenize.CHUNK", 4)
     assert tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop")) == once
 
 
@@ -525,7 +525,7 @@ def test_wrong_columns_name_what_was_found(tmp_path: Path) -> None:
 
 
 def test_packing_is_chosen_where_it_is_less_work() -> None:
-    from bnf_train.collate import worth_packing
+    from bnf_train.data.collate import worth_packing
 
     assert worth_packing([10, 100, 20, 30], float("inf"))
     assert not worth_packing([100, 100, 100, 95], float("inf"))  # nearly no padding

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from bnf_core import OBJECTIVES, TokenBatch, reference
 from bnf_train import demo
 from bnf_train.__main__ import main
-from bnf_train.read import read_rows
+from bnf_train.data.read import read_rows
 
 EXAMPLES = Path(__file__).parents[2] / "bnf_train" / "examples"
 STEPS = (0, 2)  # of those that `gradients` keeps: at step 0 every weight is 1, later BNF's weights are at work

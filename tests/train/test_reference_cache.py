@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bnf_core import token_log_odds
-from bnf_train import reference_cache
 from bnf_train.__main__ import main
-from bnf_train.collate import Collator
-from bnf_train.data import Response, Row
+from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
-from bnf_train.model_head import attach_log_odds_head
-from bnf_train.reference_cache import add_ref_log_odds, check_same_tokens
-from bnf_train.scale_out import compile_layers
+from bnf_train.model.head import attach_log_odds_head
+from bnf_train.training import reference_cache
+from bnf_train.training.distributed import compile_layers
+from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens
 
 CPU = torch.device("cpu")
 VOCAB = 48
@@ -533,11 +532,11 @@ def test_the_other_reference_is_freed_before_the_policy_is_loaded(
 ) -> None:
     import weakref
 
-    from bnf_train import load
+    from bnf_train import run as run_module
 
     alive: list[int] = []
     models: list[weakref.ref[Any]] = []
-    real = load.load_model
+    real = run_module.load_model
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         alive.append(sum(model() is not None for model in models))
@@ -545,6 +544,6 @@ def test_the_other_reference_is_freed_before_the_policy_is_loaded(
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(load, "load_model", watched)
+    monkeypatch.setattr(run_module, "load_model", watched)
     assert run(model_folder, write_rows(PAIRS), tmp_path / "out", "--ref_model", str(model_folder)) == 0
     assert alive == [0, 0]

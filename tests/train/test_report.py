@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from bnf_core import bnf_weight, token_log_odds
 from bnf_train import report
 from bnf_train.__main__ import main
-from bnf_train.collate import Collator
-from bnf_train.config import BNFConfig, parse
-from bnf_train.data import Row, tokenize
-from bnf_train.load import load_model, load_tokenizer
-from bnf_train.model_head import attach_log_odds_head
-from bnf_train.report_examples import token_texts
-from bnf_train.report_html import shift_color, shift_limit, weight_color
+from bnf_train.config import BNFConfig
+from bnf_train.data import Collator, Row, tokenize
+from bnf_train.flags import parse
+from bnf_train.model.head import attach_log_odds_head
+from bnf_train.model.load import load_model, load_tokenizer
+from bnf_train.report.examples import token_texts
+from bnf_train.report.html import shift_color, shift_limit, weight_color
 
 SCRIPT = "<script>window.injected = 1; console.error('injected')</script>"
 BREAKOUT = "\"'><img src=x onerror=window.injected=1></style></title>&amp;"

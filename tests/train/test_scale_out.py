@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from bnf_train.__main__ import main
-from bnf_train.checkpoint import checkpoints
-from bnf_train.weights_moved import WeightsMoved
+from bnf_train.training.checkpoint import checkpoints
+from bnf_train.training.weights_moved import WeightsMoved
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "bnf_train" / "configs").glob("*.yaml"))

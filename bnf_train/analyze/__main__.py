@@ -1,0 +1,76 @@
+"""python -m bnf_train.analyze: how far policies moved from their reference, figures 3 and 4 of the paper.
+
+    python -m bnf_train.analyze --policy runs/bnf runs/dpo --reference path/to/model --data held_out.jsonl
+    python -m bnf_train.analyze --policy runs/bnf --reference path/to/model --data held_out.jsonl --greedy 1000
+
+On the responses of the data, or (--greedy) on each policy's own greedy responses to the first prompts, as the paper does;
+then response lengths are reported too (table 5). Definitions with formulas: `bnf_core.analysis`. Writes analysis.json,
+figure3.png and figure4.png. One model is in memory at a time, and never its full logits.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bnf_train import cli
+from bnf_train.errors import UsageError
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = cli.Parser(prog="python -m bnf_train.analyze", description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--policy", nargs="+", required=True, metavar="MODEL", help="model folders, hub names, or folders of LoRA adapters")
+    add("--reference", required=True, metavar="MODEL", help="the model that they were trained from")
+    add("--data", required=True, help="preference rows, as --dataset of python -m bnf_train; its test split where it has one")
+    add("--output_dir", default="runs/analysis", help="a new or empty folder (default: %(default)s)")
+    add("--names", nargs="+", metavar="NAME", help="what the policies are called (default: the names of their folders)")
+    add("--bins_of", metavar="NAME", help="the policy whose deciles are figure 4's bins (default: the first)")
+    add("--rows", type=int, metavar="N", help="only the first N rows of the data")
+    add("--greedy", type=int, metavar="N", help="greedy responses of every model to the first N prompts, not the data's own")
+    add("--max_new_tokens", type=int, default=512, metavar="N", help="longest greedy response (default: %(default)s)")
+    add("--max_length", type=int, default=512, metavar="N", help="longest prompt with response (default: %(default)s)")
+    add("--batch_size", type=int, default=8, metavar="N", help="responses of one forward pass (default: %(default)s)")
+    add("--bf16", nargs="?", const="true", default="false", choices=("true", "false"), help="multiply in bf16, by autocast")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    flags = parser.read(arguments)
+    for name in ("rows", "greedy", "max_new_tokens", "max_length", "batch_size"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise UsageError(f"--{name}: expected at least 1, got {value}.")
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return cli.run(_analyze, arguments)
+
+
+def _analyze(arguments: list[str], failure: cli.Failure) -> None:
+    flags = parse(arguments)
+    failure.out_of_memory = lambda: f"lower --batch_size (now {flags.batch_size}), or add --bf16."
+    run(flags)
+
+
+def run(flags: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from bnf_train.analyze.figures import table, write
+    from bnf_train.analyze.run import analyze  # imports transformers
+
+    folder = Path(flags.output_dir)
+    cli.check_new_folder(folder)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    console = Console(highlight=False, soft_wrap=True)
+    result = analyze(flags, console)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder, result)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: {(error.strerror or str(error)).lower()}.") from error
+    Console(highlight=False).print(table(result))
+    console.print(f"analysis.json, figure3.png and figure4.png in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Several objectives from one starting point: `python -m bnf_train.compare`."""

@@ -1,0 +1,247 @@
+"""What a comparison leaves: report.html, compare.json, compare.md, curves.png, tradeoff.png; means over seeds, and spread."""
+
+import base64
+import datetime
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import jinja2
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from bnf_train.training.metrics import LABELS, shown
+
+Result = Mapping[str, Any]
+
+
+class Column(NamedTuple):
+    """Where a column's value is, how it is written, and whether it is in the terminal's table, too."""
+
+    value: Callable[[Result], float | None]
+    form: str
+    brief: bool = False
+
+
+def _mean_length(result: Result) -> float | None:
+    return fmean(answer["tokens"] for answer in result["after"]) if result["after"] else None
+
+
+# what is measured of an arm beside its held-out metrics
+OF_ARM = {
+    "answer length (tokens)": Column(_mean_length, ".0f", brief=True),
+    "seconds, evaluations included": Column(lambda result: result["train_seconds"], ".0f"),
+    "tokens per second": Column(lambda result: result["tokens_per_second"], ".0f"),
+    "peak memory (GiB)": Column(lambda result: result["peak_gib"], ".2f"),
+}
+START = "before training"
+
+
+def columns() -> dict[str, Column]:
+    """The columns by heading: metrics of the last evaluation, then OF_ARM."""
+
+    def last(key: str) -> Callable[[Result], float | None]:
+        return lambda result: result["curve"][-1].get(key)
+
+    of_evaluation = {
+        heading: Column(last(key), entry.form, entry.brief)
+        for metric, entry in shown("compare")
+        for heading, key in metric.entries(entry)
+    }
+    return of_evaluation | OF_ARM
+
+
+def summaries(results: Iterable[Result]) -> dict[str, dict[str, dict[str, float] | None]]:
+    """{arm: {column: {"mean", "min", "max", "runs"}}} over seeds, in the order of the arms; the starting point first."""
+    finished = [result for result in results if "failed" not in result]
+    by_arm: dict[str, list[Result]] = {}
+    for result in finished:
+        if result["curve"][0]["step"] == 0:
+            by_arm.setdefault(START, []).append(_start(result))
+    for result in finished:
+        by_arm.setdefault(result["name"], []).append(result)
+    return {
+        name: {heading: _over(map(column.value, arm)) for heading, column in columns().items()} for name, arm in by_arm.items()
+    }
+
+
+def _start(result: Result) -> Result:
+    """The starting point as an arm of its own: the first evaluation."""
+    unknown = dict.fromkeys(("train_seconds", "tokens_per_second", "peak_gib"))
+    return {**result, **unknown, "curve": result["curve"][:1], "after": result["before"]}
+
+
+def _curve(result: Result, results: Sequence[Result]) -> list[Mapping[str, Any]]:
+    """The evaluations of a run, from the starting point on, which one run for each seed has measured."""
+    curve = list(result.get("curve", ()))
+    starts = [r["curve"][0] for r in results if r["seed"] == result["seed"] and r.get("curve") and r["curve"][0]["step"] == 0]
+    counted = [key for key in starts[0] if key.startswith(("eval_tokens", "eval_responses"))] if starts else []
+    if curve and curve[0]["step"] and starts and all(starts[0][key] == curve[0].get(key) for key in counted):
+        curve.insert(0, starts[0])
+    return curve
+
+
+def _over(values: Iterable[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    if any(math.isnan(value) for value in known):  # one seed's failure is the arm's, and min() would lose it
+        known = [math.nan]
+    return {"mean": fmean(known), "min": min(known), "max": max(known), "runs": len(known)} if known else None
+
+
+def _cell(summary: Mapping[str, float] | None, form: str) -> str:
+    """The mean; in brackets the smallest and the largest where they differ."""
+    if summary is None:
+        return ""
+    mean, low, high = (format(summary[key], form) for key in ("mean", "min", "max"))
+    return mean if low == high else f"{mean} ({low} … {high})"
+
+
+def _cells(arms: Mapping[str, Any], brief: bool = False) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Headings and, for each arm, its cells: the columns that have values; all those of the short table if `brief`."""
+    names = {
+        name: column.form
+        for name, column in columns().items()
+        if (column.brief if brief else any(arm[name] for arm in arms.values()))
+    }
+    return list(names), [(arm, [_cell(of[name], form) for name, form in names.items()]) for arm, of in arms.items()]
+
+
+def table(results: Sequence[Result]) -> Table:
+    """The main columns, for a terminal."""
+    headings, rows = _cells(summaries(results), brief=True)
+    result = Table(title="Held-out responses after training: mean over seeds (smallest … largest)")
+    result.add_column("arm", overflow="fold")
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for arm, cells in rows:
+        result.add_row(arm, *cells)
+    return result
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """All columns that have values, as a Markdown table."""
+    headings, rows = _cells(summaries(results))
+    lines = ["| arm | " + " | ".join(headings) + " |", "| --- |" + " ---: |" * len(headings)]
+    lines += [f"| {_in_table(arm)} | " + " | ".join(cells) + " |" for arm, cells in rows]
+    lines += [
+        f"| {_in_table(r['name'])}, seed {r['seed']}: failed | {_in_table(r['failed'])} |" for r in results if "failed" in r
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _in_table(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def write(folder: Path, results: Sequence[Result]) -> None:
+    """All files, each whole or not at all."""
+    arms = summaries(results)
+    _replace(folder / "compare.json", (json.dumps(_json({"arms": arms, "runs": list(results)}), indent=1) + "\n").encode())
+    _replace(folder / "compare.md", markdown(results).encode())
+    images = {}
+    for name, draw in (("curves", _curves), ("tradeoff", _tradeoff)):
+        images[name] = _png(draw(results))
+        _replace(folder / f"{name}.png", images[name])
+    _replace(folder / "report.html", _page(results, arms, images).encode())
+
+
+def _json(value: Any) -> Any:
+    """NaN and infinity as text: JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, list) else value
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _styles(results: Sequence[Result]) -> dict[str, Any]:
+    """A colour for each arm."""
+    names = list(dict.fromkeys(result["name"] for result in results))
+    palette = colormaps["tab10" if len(names) <= 10 else "turbo"]
+    return {name: palette(i if len(names) <= 10 else i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
+
+
+def _curves(results: Sequence[Result]) -> Figure:
+    """Against optimizer steps: held-out shifts a token, and perplexity on the probe; a thin line a seed."""
+    figure, colors = Figure(figsize=(14, 4.4), layout="constrained"), _styles(results)
+    axes: Sequence[Axes] = figure.subplots(1, 3)
+    keys = [f"eval_logp_shift_per_token/{label}" for label in LABELS] + ["probe_perplexity"]
+    titles = [f"Held-out shift, {label}" for label in LABELS] + ["Perplexity on text outside the preference data"]
+    for axis, key, title in zip(axes, keys, titles, strict=True):
+        named = set()
+        for result in results:
+            points = [(point["step"], point[key]) for point in _curve(result, results) if key in point]
+            if points:
+                label = None if result["name"] in named else result["name"]
+                named.add(result["name"])
+                axis.plot(*zip(*points, strict=True), marker=".", lw=1.2, alpha=0.8, color=colors[result["name"]], label=label)
+        axis.set(title=title, xlabel="optimizer step", ylabel="" if key == "probe_perplexity" else "nats per token")
+        axis.grid(alpha=0.3)
+    axes[2].set_yscale("log")
+    axes[2].yaxis.set_major_formatter("{x:g}")
+    axes[2].yaxis.set_minor_formatter("{x:g}")
+    if axes[0].lines:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def _tradeoff(results: Sequence[Result]) -> Figure:
+    """What was won against what it cost: the held-out margin a token against perplexity on the probe; a point a run."""
+    figure, colors = Figure(figsize=(7, 4.8), layout="constrained"), _styles(results)
+    axis: Axes = figure.subplots()
+    named = set()
+    for result in results:
+        last = result["curve"][-1] if result.get("curve") else {}
+        keys = [f"eval_logp_shift_per_token/{label}" for label in LABELS]
+        if all(key in last for key in keys):
+            label = None if result["name"] in named else result["name"]
+            named.add(result["name"])
+            won = last[keys[0]] - last[keys[1]]
+            axis.plot(won, last["probe_perplexity"], "o", color=colors[result["name"]], label=label)
+    axis.set(
+        title="Won and paid", xlabel="held-out shift of preferred minus dispreferred, nats per token",
+        ylabel="perplexity on text outside the preference data", yscale="log",
+    )  # fmt: skip
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize="small")
+    return figure
+
+
+def _page(results: Sequence[Result], arms: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    headings, rows = _cells(arms)
+    finished = [result for result in results if "failed" not in result]
+    return environment.get_template("compare.html.jinja").render(
+        names=headings,
+        rows=rows,
+        failed=[result for result in results if "failed" in result],
+        images={name: base64.b64encode(image).decode() for name, image in images.items()},
+        answers=[(f"{r['name']}, seed {r['seed']}", r["after"]) for r in finished if r["after"]],
+        before=next((r["before"] for r in finished if r["before"]), []),
+        seeds=len({result["seed"] for result in results}),
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        arguments=[(f"{r['name']}, seed {r['seed']}", " ".join(r["arguments"])) for r in results],
+    )

@@ -1,0 +1,108 @@
+"""Which rows are trained on and which are held out."""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from bnf_train.data.read import has_splits, read_rows
+from bnf_train.data.render import show
+from bnf_train.data.rows import Row, Rules
+from bnf_train.data.tokenize import tokenize
+from bnf_train.errors import UsageError
+
+
+class Choice(Protocol):
+    """What `read_and_tokenize` reads of a config: the flags of the same names."""
+
+    dataset: str | None
+    eval_dataset: str | None
+    eval_size: float
+    max_length: int
+    too_long: str
+    empty: str
+    no_boundary: str
+    duplicates: str
+    pairing_ratio: float
+    show_examples: int
+    seed: int
+
+
+def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, console: Console) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, tokenised; what was cut or dropped is printed."""
+    rules = Rules(config.too_long, config.empty, config.no_boundary, config.duplicates)
+
+    def tokenized(source: str, split: str) -> list[Row]:
+        raw = read_rows(source, split)
+        if not raw:
+            return []
+        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules)
+        tokens = sum(r.tokens for row in rows for r in row.responses)
+        console.print(
+            f"{source}, {split}: {counts.rows} rows, {tokens:,} response tokens; at --max_length {config.max_length}, "
+            f"{len(counts.cut)} responses cut, {len(counts.dropped)} rows dropped."
+        )
+        for sentence in counts.sentences(rules):
+            console.print(f"  {sentence}")
+        return rows
+
+    assert config.dataset is not None
+    train_rows = tokenized(config.dataset, "train")
+    if config.eval_dataset:
+        held_out = tokenized(config.eval_dataset, "test")
+        if not held_out:
+            raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
+    else:
+        held_out = tokenized(config.dataset, "test") if has_splits(config.dataset) else []
+    if not held_out:
+        train_rows, held_out = split_by_prompt(train_rows, config.eval_size, config.seed)
+    if config.pairing_ratio < 1:
+        pairs = sum(len(row.responses) == 2 for row in train_rows)
+        train_rows = mask_pairs(train_rows, config.pairing_ratio, config.seed)
+        left = sum(len(row.responses) == 2 for row in train_rows)
+        console.print(
+            f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {left} stay whole, "
+            f"{pairs - left} lose one side at random (--seed {config.seed})."
+        )
+    show(train_rows[: config.show_examples], tokenizer, console)
+    return train_rows, held_out
+
+
+def digest(rows: Iterable[Row]) -> str:
+    """Of all that training sees of them, in their order."""
+    content = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        content.update(repr([(r.input_ids, r.prompt_length, r.preferred) for r in row.responses]).encode())
+    return content.hexdigest()
+
+
+def mask_pairs(rows: list[Row], pairing_ratio: float, seed: int) -> list[Row]:
+    """Rows of which a share `pairing_ratio` of the pairs stays whole; of the others one side, drawn at random, is removed.
+
+    Table 6 of the paper: the removed side is masked, so that the row is a single response.
+    """
+    pairs = [i for i, row in enumerate(rows) if len(row.responses) == 2]
+    draw = random.Random(seed)
+    masked = set(draw.sample(pairs, round((1 - pairing_ratio) * len(pairs))))
+    return [replace(row, responses=[draw.choice(row.responses)]) if i in masked else row for i, row in enumerate(rows)]
+
+
+def split_by_prompt(rows: list[Row], size: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows; all rows of a prompt go to the same side."""
+    wanted = round(size * len(rows)) if size < 1 else int(size)
+    by_prompt = Counter(row.prompt for row in rows)
+    prompts = sorted(by_prompt)
+    random.Random(seed).shuffle(prompts)
+    held_out: set[str] = set()
+    taken = 0
+    for prompt in prompts[:-1]:  # one prompt stays for training
+        if taken >= wanted:
+            break
+        held_out.add(prompt)
+        taken += by_prompt[prompt]
+    return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]

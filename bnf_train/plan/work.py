@@ -1,0 +1,117 @@
+"""How much there is to compute: tokens, micro-batches, floating-point operations."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnf_train.config import BNFConfig
+from bnf_train.data import Collator, Response, Row, passes
+from bnf_train.objectives import is_per_token
+from bnf_train.plan.size import ModelSize
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the work of one pass over some rows depends on."""
+
+    tokens: int  # prompts and responses
+    response_tokens: int
+    squares: float  # sum over responses of n^2
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Work":
+        responses = [r for row in rows for r in row.responses]
+        lengths = [len(r.input_ids) for r in responses]
+        return cls(sum(lengths), sum(r.tokens for r in responses), float(sum(n * n for n in lengths)))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What one epoch and the reference pass go through, and the largest micro-batch."""
+
+    source: str  # "counted" or an estimate from flags
+    rows: int
+    responses: int
+    epoch: Work
+    reference: Work  # held-out rows, too
+    batches: dict[str, dict[str, Tensor]]  # the largest micro-batch ("cuda"), and the largest pass of one process ("cpu")
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Positions of each, padding included."""
+        return {device: batch["input_ids"].numel() for device, batch in self.batches.items()}
+
+
+def largest(batches: Iterable[dict[str, Tensor]], config: BNFConfig) -> dict[str, dict[str, Tensor]]:
+    """Of micro-batches: the one with most positions, and the same of the passes that --tokens_per_pass makes of them."""
+
+    def positions(batch: dict[str, Tensor]) -> int:
+        return batch["input_ids"].numel()
+
+    every, most = list(batches), config.tokens_per_pass or math.inf
+    parts = [part for batch in every for part in passes(batch, most, whole_rows=not is_per_token(config.objective))]
+    return {"cuda": max(every, key=positions), "cpu": max(parts, key=positions)}
+
+
+def counted(rows: Sequence[Row], held_out: Sequence[Row], config: BNFConfig, collator: Collator) -> Data:
+    """Real rows; the largest micro-batch is that of an epoch in a seeded order."""
+    size = config.per_device_train_batch_size
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    batches = (collator([rows[i] for i in order[start : start + size]]) for start in range(0, len(order), size))
+    work = Work.of(rows)
+    return Data(
+        source="counted",
+        rows=len(rows),
+        responses=sum(len(row.responses) for row in rows),
+        epoch=work,
+        reference=Work.of([*rows, *held_out]),
+        batches=largest(batches, config),
+    )
+
+
+def estimated(rows: int, prompt: int, response: int, config: BNFConfig, collator: Collator) -> Data:
+    """Pairs of two responses of one length; the largest micro-batch is of responses of --max_length tokens."""
+    longest = config.max_length
+    n = min(prompt + response, longest)
+    pair = Row("", [Response([0] * longest, max(longest * prompt // (prompt + response), 1), True)] * 2)
+    work = Work(2 * rows * n, 2 * rows * max(n - prompt, 1), 2.0 * rows * n * n)
+    return Data(
+        source=f"estimated: {rows:,} pairs, prompts of {prompt} tokens, responses of {response}",
+        rows=rows,
+        responses=2 * rows,
+        epoch=work,
+        reference=work,
+        batches=largest([collator([pair] * config.per_device_train_batch_size)], config),
+    )
+
+
+# --- operations ---
+
+
+def backbone_flops(size: ModelSize, work: Work, epochs: float, checkpointing: bool) -> float:
+    """6 P N: 2 forward, 4 backward, for each weight of the backbone's products and token; 8 P N where it is recomputed."""
+    return (8 if checkpointing else 6) * size.backbone_linear * work.tokens * epochs
+
+
+def attention_flops(size: ModelSize, work: Work, epochs: float, checkpointing: bool) -> float:
+    """6 n^2 per layer and unit of width: 2 n^2 forward (two products, causal half), 4 n^2 backward; 8 n^2 recomputed."""
+    return (8 if checkpointing else 6) * size.layers * size.attention_width * work.squares * epochs
+
+
+def head_flops(size: ModelSize, work: Work, epochs: float, products: int) -> float:
+    """2 V d per response token and product: three of a loss per token (logits, dhidden, dweight), else four."""
+    return 2 * products * size.head * work.response_tokens * epochs
+
+
+def reference_flops(size: ModelSize, work: Work) -> float:
+    """2 P N + 2 n^2 + 2 V d, forward only, once."""
+    attention = 2 * size.layers * size.attention_width * work.squares
+    return 2 * size.backbone_linear * work.tokens + attention + 2 * size.head * work.response_tokens
+
+
+def gpu_hours(flops: float, peak_tflops: float, utilization: float) -> float:
+    """flops / (peak * utilization), in hours of one GPU."""
+    return flops / (peak_tflops * 1e12 * utilization) / 3600

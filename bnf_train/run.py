@@ -1,0 +1,179 @@
+"""One training run in the order in which it happens: read, score with the reference, train, report."""
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
+
+from bnf_core import Objective
+from bnf_train import cli, demo, objectives, report
+from bnf_train.config import BNFConfig, resumes
+from bnf_train.data import Collator, Row, digest, read_and_tokenize
+from bnf_train.errors import UsageError
+from bnf_train.model.attention import attend_varlen, attention_width
+from bnf_train.model.head import attach_log_odds_head, can_pack
+from bnf_train.model.load import context_length, load_model, load_tokenizer
+from bnf_train.model.lora import add_lora, quantization
+from bnf_train.training import checkpoint, distributed
+from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens
+from bnf_train.training.trainer import BNFTrainer
+
+
+def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> BNFTrainer:
+    """From rows to report; its trainer, with the trained model.
+
+    Args:
+      embedded: no flag was given: say that the model is the embedded one.
+    """
+    console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
+    if config.model == str(demo.MODEL):
+        rows_of = "400 rows of GSM8K solutions" if config.dataset == str(demo.PREFERENCES) else config.dataset
+        console.print(f"{'No arguments: t' if embedded else 'T'}he embedded demo model, on {rows_of}.")
+    resumed = _checkpoint(config, console)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.set_seed(config.seed)
+    rows = _read(config, console)
+    if resumed:
+        checkpoint.check_same_run(resumed, json.loads(config.to_json_string()))
+    objective, pairwise = _objective(config, rows)
+    model, collator, reference_seconds = _score(config, rows, console)
+    transformers.set_seed(config.seed)  # whether the reference pass drew random numbers or found its cache
+    trainer = BNFTrainer(
+        model=add_lora(model, config),
+        args=config,
+        objective=objective,
+        pairwise=pairwise,
+        starts_at_reference=not resumed and not config.ref_model,
+        data_collator=collator,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out or None,
+        processing_class=rows.tokenizer,
+        callbacks=list(callbacks),
+    )
+    trainer.reference_seconds = reference_seconds
+    _train(trainer, config, resumed, console)
+    _report(trainer, config, rows, collator, console)
+    return trainer
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is trained on and what is held out, with the tokenizer that made their token ids."""
+
+    train: list[Row]
+    held_out: list[Row]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _checkpoint(config: BNFConfig, console: Console) -> Path | None:
+    """The checkpoint to go on from; the output folder is new where there is none."""
+    output = Path(config.output_dir or "")
+    if not resumes(config.resume_from_checkpoint):
+        cli.check_new_folder(output)
+    with config.main_process_first():
+        return checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
+
+
+def _read(config: BNFConfig, console: Console) -> _Rows:
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    if config.ref_model:
+        check_same_tokens(config.ref_model, tokenizer, config.trust_remote_code)
+    for flag, name in (("--model", config.model), ("--ref_model", config.ref_model)):
+        context = context_length(name, config.trust_remote_code, flag) if name else None
+        if context is not None and context < config.max_length:
+            console.print(f"--max_length {config.max_length} is more than {name} was made for: {context} it is.")
+            config.max_length = context
+    train, held_out = read_and_tokenize(config, tokenizer, console)
+    config.rows_digest = digest(train)
+    if not held_out:  # the preset evaluates, and --eval_size 0 leaves nothing to do it on
+        config.eval_strategy, config.eval_on_start = transformers.IntervalStrategy.NO, False
+    return _Rows(train, held_out, tokenizer)
+
+
+def _objective(config: BNFConfig, rows: _Rows) -> tuple[Objective, bool]:
+    objective, pairwise = objectives.resolve(config.objective, config.hyperparameters)
+    if pairwise and any(len(row.responses) == 1 for row in rows.train + rows.held_out):
+        raise UsageError(
+            f"--objective {config.objective} compares the two sides of a pair, and {config.dataset} has single responses; "
+            "use --objective bnf, or rows with prompt, chosen, rejected."
+        )
+    return objective, pairwise
+
+
+def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrainedModel, Collator, float]:
+    """Fills in the rows' reference log-odds; the policy, the collator that it can do with, and the seconds that it took."""
+    distributed.load_in_float32(config)
+    model, collator = _with_head(config, config.ref_model or config.model, rows.tokenizer, console)
+    started = time.perf_counter()
+    with distributed.gathered(model):
+        add_ref_log_odds(
+            model,
+            rows.train + rows.held_out,
+            collator,
+            config.device,
+            torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
+            config.per_device_eval_batch_size,
+            cache=None if config.no_reference_cache else Path(config.reference_cache or ""),
+            template=rows.tokenizer.chat_template or "",
+            say=console.print,
+            progress=not config.disable_tqdm,
+        )
+    seconds = time.perf_counter() - started
+    if config.ref_model:
+        del model
+        gc.collect()  # it refers to itself; gone before the policy is loaded, so that there is never room needed for two
+        model, collator = _with_head(config, config.model, rows.tokenizer, console)
+    return model, collator, seconds
+
+
+def _with_head(
+    config: BNFConfig, name: str, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> tuple[PreTrainedModel, Collator]:
+    """The model `name` with the log-odds head, and the collator that it can do with."""
+    flag = "--model" if name == config.model else "--ref_model"
+    model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config), flag)
+    with distributed.gathered(model):
+        if config.packing:
+            attend_varlen(model)
+        attach_log_odds_head(model)
+        packed = config.packing and can_pack(model)
+    if config.packing and not packed:
+        console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
+    if config.torch_compile:
+        distributed.compile_layers(model, config.torch_compile_backend, config.torch_compile_mode)
+    return model, Collator(tokenizer.pad_token_id, packed, attention_width(model))
+
+
+def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console: Console) -> None:
+    console.print(
+        f"Training {get_model_param_count(trainer.model, trainable_only=True) / 1e6:.1f} M parameters on {config.device.type}, "
+        f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
+        f"learning rate {config.learning_rate:g}, objective {config.objective}."
+    )
+    trainer.train(resume_from_checkpoint=resumed and str(resumed))
+
+
+def _report(trainer: BNFTrainer, config: BNFConfig, rows: _Rows, collator: Collator, console: Console) -> None:
+    output = Path(config.output_dir or "")
+    history = trainer.state.log_history
+    last = history[-2] if len(history) > 1 else {}  # [-1] is the summary of the run
+    evaluated = "eval_loss" in last and last["step"] == trainer.state.global_step and not config.load_best_model_at_end
+    held_out = last if evaluated else trainer.evaluate() if rows.held_out else {}
+    trainer.save_model()
+    # on every process: the forward of a sharded model needs all of them
+    examples = report.examples(trainer.model, rows.held_out, collator, rows.tokenizer, config.device, bool(config.bf16))
+    if trainer.is_world_process_zero():
+        with checkpoint.naming_a_full_disk(output):
+            rows.tokenizer.save_pretrained(output)
+            report.write(output, config, history, held_out, examples)
+        console.print(report.table(held_out))
+        console.print(f"Model, report.html, metrics.json and metrics.png in {output}")

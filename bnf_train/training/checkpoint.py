@@ -1,0 +1,251 @@
+"""Checkpoint folders that are complete or do not count, and the state in them without pickle.
+
+A checkpoint is written inside the folder PARTIAL. When all files are there, MANIFEST lists their sizes and digests, all of
+them are flushed to disk, and one rename gives the folder its name. So a folder named checkpoint-N is complete, whenever
+the process was killed; the manifest shows damage that was done later.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bnf_train.config import resumes
+from bnf_train.errors import UsageError
+
+PARTIAL = ".checkpoint-partial"
+MANIFEST = "complete.json"
+ARGUMENTS = "training_args.json"
+# flags that must be the same in a resumed run; --max_steps and epochs may grow
+SAME = (
+    "objective",
+    "hyperparameters",
+    "seed",
+    "data_seed",
+    "batch_size",  # of the step, not of a process: there may be more or fewer of them
+    "optim",
+    "learning_rate",  # optimizer and schedule come from the checkpoint, so another value would have no effect
+    "lr_scheduler_type",
+    "weight_decay",
+    "use_peft",
+    "rows_digest",  # checked last: another seed changes it, too
+)
+LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a folder
+
+
+# --- state: nested dicts, lists, tuples, numbers and tensors -----------------------------------------------------------
+
+
+def write_state(path: Path, state: Any) -> None:
+    """`state` as one safetensors file: its tensors, and the containers around them as JSON in the metadata.
+
+    Raises:
+      TypeError: something in it is neither a tensor, an array, a container nor a JSON scalar.
+    """
+    tensors: dict[str, Tensor] = {}
+    containers = json.dumps(_split(state, tensors))
+    save_file(tensors, path, metadata={"state": containers})
+
+
+def read_state(path: Path) -> Any:
+    """What `write_state` wrote, bitwise, on the CPU."""
+    with safe_open(path, "pt") as file:
+        return _join(json.loads(file.metadata()["state"]), file.get_tensor)
+
+
+def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
+    name = str(len(tensors))
+    if type(value) in (Tensor, torch.nn.Parameter):
+        tensors[name] = value.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        tensors[name] = torch.from_numpy(value).contiguous()
+        return {"array": name}
+    if isinstance(value, dict):
+        return {"dict": [[_split(k, tensors), _split(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_split(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return [_split(v, tensors) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"expected tensors, containers and numbers, got {type(value).__name__}")
+
+
+def _join(node: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_join(v, tensor) for v in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, value),) = node.items()
+    if kind == "dict":
+        return {_join(k, tensor): _join(v, tensor) for k, v in value}
+    if kind == "tuple":
+        return tuple(_join(v, tensor) for v in value)
+    return tensor(value) if kind == "tensor" else tensor(value).numpy()
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+def seal(written: Path, final: Path) -> None:
+    """Makes `written`, a folder with all its files, the checkpoint `final`."""
+    (written / MANIFEST).write_text(json.dumps(_digests(written), indent=2) + "\n")
+    for path in [*written.rglob("*"), written]:
+        _flush(path)
+    if final.exists():  # of an earlier run; this one resumed from a checkpoint before it
+        shutil.rmtree(final)
+    written.rename(final)
+    _flush(final.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if it is as it was written."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+        wrong = next((name for name, size in expected.items() if not _has_size(folder / name, size[0])), None)
+        if wrong is None:
+            found = _digests(folder)
+            wrong = next((name for name in expected if found[name] != expected[name]), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return f"no whole {MANIFEST}" if not isinstance(error, OSError) or error.errno == errno.ENOENT else str(error)
+    return None if wrong is None else f"{wrong} is not as it was written"
+
+
+def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], Any], main_process: bool = True) -> Path | None:
+    """The checkpoint to resume from; None if training starts from the beginning.
+
+    Args:
+      argument: --resume_from_checkpoint: a checkpoint, or True (auto, last) for the last complete one of `output`.
+      say: prints a line for the user.
+      main_process: whether this process verifies checkpoints, and renames damaged ones; it must call this before the others.
+
+    Raises:
+      UsageError: the named checkpoint is damaged, or `output` has no checkpoint but something else in it.
+    """
+    if not resumes(argument):
+        return None
+    if str(argument).lower() not in LAST:
+        folder = Path(str(argument))
+        if not folder.is_dir():
+            raise UsageError(f"--resume_from_checkpoint {folder}: no such folder; pass a checkpoint-N folder, or True.")
+        if main_process and (what := damage(folder)):
+            raise UsageError(f"--resume_from_checkpoint {folder}: not a complete checkpoint ({what}); True takes the last one.")
+        return folder
+    if main_process and (output / PARTIAL).exists():
+        say(f"{output / PARTIAL}: a checkpoint that was not finished, removed.")
+        shutil.rmtree(output / PARTIAL)
+    for folder in reversed(checkpoints(output)):
+        what = damage(folder) if main_process else None
+        if what is None:
+            say(f"Going on from {folder}.")
+            return folder
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)  # not counted by --save_total_limit, not taken again
+        say(f"{folder}: incomplete ({what}), so it is skipped, and now named {aside.name}.")
+    foreign = [p.name for p in output.iterdir() if not _before_the_first(p)] if output.is_dir() else []
+    if foreign:
+        raise UsageError(
+            f"--output_dir {output}: no complete checkpoint to go on from, and {sorted(foreign)[0]} is there; "
+            "pass a new or empty folder."
+        )
+    say(f"No complete checkpoint in {output}: starting from the beginning.")
+    return None
+
+
+def check_same_run(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Refuses to resume with other rows, batches, objective or optimizer: that would be another run.
+
+    Raises:
+      UsageError: one of SAME has another value than when the checkpoint `folder` was written.
+    """
+    try:
+        then = json.loads((folder / ARGUMENTS).read_text())
+    except (OSError, ValueError):  # written by another trainer
+        return
+    for name in SAME:
+        before, now = then.get(name), arguments.get(name)
+        if name in then and before != now:
+            what = "the training rows" if name == "rows_digest" else f"--{name} {now}"
+            was = "are others" if name == "rows_digest" else f"was {before}"
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: {what} {was} when it was written, so this would be another run; "
+                "pass what it was, or start anew with another --output_dir."
+            )
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """checkpoint-N folders of `output` in the order of N."""
+    found = [p for p in output.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+@contextmanager
+def naming_a_full_disk(output: Path) -> Iterator[None]:
+    """Turns the many errors of a full disk into one sentence that says which checkpoint is left."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(output / PARTIAL, ignore_errors=True)  # an unfinished checkpoint is useless and takes up space
+        if not _is_full(error):
+            raise
+        kept = checkpoints(output)
+        last = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no complete checkpoint yet"
+        raise UsageError(
+            f"--output_dir {output}: the disk is full; {last}; make room (or lower --save_total_limit) "
+            "and go on with --resume_from_checkpoint True."
+        ) from error
+
+
+def _is_full(error: BaseException) -> bool:
+    """Python has an errno, safetensors only a number in its message; torch.save and json chain the first error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            sign in text for sign in ("No space left", f"code: {errno.ENOSPC},", f"code: {errno.EDQUOT},", "os error 28")
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _before_the_first(path: Path) -> bool:
+    """Whether a run may have left this in its output folder before its first checkpoint: hidden files, trackers' logs."""
+    return path.name.startswith((".", "damaged-checkpoint-")) or (path.name == "runs" and path.is_dir())
+
+
+def _digests(folder: Path) -> dict[str, list[Any]]:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+    def digest(path: Path) -> list[Any]:
+        with path.open("rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    with ThreadPoolExecutor() as pool:  # hashing and reading release the GIL
+        return {str(p.relative_to(folder)): d for p, d in zip(paths, pool.map(digest, paths), strict=True)}
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

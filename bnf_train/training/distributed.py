@@ -1,0 +1,119 @@
+"""What torch.compile, DDP, FSDP2 and DeepSpeed ZeRO-3 need so that a run with them computes what it would without.
+
+The head's weight needs nothing here: it is used inside the head's own forward, where both have gathered it.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedModel, TrainingArguments
+
+DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def load_in_float32(config: TrainingArguments) -> None:
+    """Under ZeRO-3 weights are split, and rounded to what the plugin says, while they are loaded: call it before that.
+
+    It is to say nothing: float32 against --bf16 would be a contradiction to transformers.
+    """
+    plugin = config.deepspeed_plugin
+    if plugin is not None and config.bf16:
+        plugin.deepspeed_config.pop("bf16", None)
+        plugin.set_deepspeed_weakref()  # a copy, which transformers reads when it loads a model
+
+
+def keep_float32(accelerator: Accelerator) -> None:
+    """bf16 means autocast over float32 weights, sharded or not; call it before `accelerator.prepare`.
+
+    Accelerate's own choice under FSDP2 and bf16 rounds what goes into and comes out of the model (log-odds to 3 digits)
+    and adds gradients up in bf16; DeepSpeed's rounds the weights. Here both gather float32 and leave bf16 to autocast,
+    so that the policy starts as exactly the reference (w = 1).
+    """
+    if accelerator.mixed_precision != "bf16":
+        return
+    fsdp, deepspeed = (getattr(accelerator.state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
+    if fsdp is not None and fsdp.fsdp_version == 2:
+        fsdp.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if deepspeed is not None:
+        deepspeed.deepspeed_config["bf16"] = {"enabled": False}
+        # no modules whose weights and gradients would be gathered and added up in bf16
+        in_float32: dict[str, Any] = {"lower_precision_safe_modules": []}
+        deepspeed.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} | in_float32
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """bf16 autocast for FSDP2, where Accelerate leaves it out: elsewhere it wraps the model's forward in it itself."""
+    if not accelerator.is_fsdp2 or accelerator.mixed_precision != "bf16":
+        return nullcontext()
+    # no cache: bf16 copies of layers would outlive the layers' own weights, which FSDP2 frees
+    return torch.autocast(accelerator.device.type, torch.bfloat16, cache_enabled=False)
+
+
+def wait_for_every_gradient(accelerator: Accelerator, model: nn.Module) -> None:
+    """Under DDP, search each step's graph for weights without a gradient only where the model has such.
+
+    transformers has the search always on, which costs a walk over the graph a step and PyTorch's warning.
+    """
+    if accelerator.distributed_type in DDP and accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = bool(unreached(model))
+
+
+def unreached(model: nn.Module) -> list[str]:
+    """Names of trained weights that log-odds of text do not depend on: a vision tower, an expert that no token went to.
+
+    Looked for as DDP does, in the graph of a forward pass: of a few tokens, in evaluation mode, no gradient computed.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)
+    training = model.training
+    with torch.enable_grad():
+        log_odds, _ = model.eval()(
+            input_ids=ids.unsqueeze(0), response_positions=torch.arange(7, device=device), response_labels=ids[1:]
+        )
+    model.train(training)
+    reached, seen, nodes = set(), set(), [log_odds.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))  # of the nodes that add up a weight's gradient
+            nodes += [before for before, _ in node.next_functions]
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
+
+
+def without_tied(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gathered state dict without the second name of a weight with two, which one process does not save either."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The whole weights in every process, also where ZeRO-3 split them while they were loaded (nothing is written back).
+
+    For forward passes before `accelerator.prepare`, which installs the hooks that gather layer by layer.
+    """
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+        yield
+
+
+def compile_layers(model: PreTrainedModel, backend: str, mode: str | None) -> None:
+    """--torch_compile: the model's repeated layers, each in place, so that one compilation serves all of them.
+
+    Shapes are dynamic, because no two packed batches are of one length.
+    """
+    names = set(model._no_split_modules or ())
+    for layer in model.modules():
+        if type(layer).__name__ in names:
+            layer.compile(backend=backend, mode=mode, dynamic=True)

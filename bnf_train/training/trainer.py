@@ -1,0 +1,230 @@
+"""The trainer: transformers.Trainer with an objective of bnf_core on the log-odds head. From batch to loss, in order:
+
+collator -> model (backbone, head) -> log-odds per token -> objective -> loss per response -> / responses of the step
+
+An optimizer step has micro-batches (--gradient_accumulation_steps); one of them is `training_step`, in passes that fit
+memory; a pass is `compute_loss`. What is logged is a row each in `bnf_train.training.metrics`.
+
+An objective per token goes through the head in one pass (`linear_token_loss`): what a token counts is known before its
+logits are.
+"""
+
+import inspect
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer
+
+from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec
+from bnf_train.data import Row, model_inputs, passes
+from bnf_train.errors import UsageError
+from bnf_train.training import distributed, metrics
+from bnf_train.training.quantities import Responses, Scored, joined, measure
+from bnf_train.training.resume import ResumeMixin
+from bnf_train.training.weights_moved import WeightsMoved
+
+# mean |w - 1| before the first step; more than noise between two passes means that policy and reference differ
+MOST_NOISE = 1e-2
+# bf16 and fp16 round: other batches alone make up to 0.009 (SmolLM2-135M, 16 long rows), another padding 0.015
+MOST_NOISE_IN_HALF, MOST_NOISE_IN_PADDED_HALF = 2e-2, 5e-2
+
+
+class BNFTrainer(ResumeMixin, Trainer):
+    """Minimises the mean of `objective` over the responses (pairs) of each optimizer step, whatever the micro-batches.
+
+    Args:
+      objective: (log_odds, TokenBatch) -> loss per response, or per pair.
+      pairwise: whether it has one loss per pair; None: as it says itself (`bnf_core.objective_spec`).
+      starts_at_reference: the policy is the reference before the first step, so that w = 1: checked on the first batch.
+      Everything else: as transformers.Trainer. Data sets hold `bnf_train.data.Row`s, the model has the log-odds head.
+    """
+
+    train_dataset: Any
+    reference_seconds = 0.0  # what the reference's log-odds took, before there was a trainer
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        pairwise: bool | None = None,
+        starts_at_reference: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.beta = beta_of(objective)
+        super().__init__(*args, compute_metrics=partial(metrics.held_out_values, beta=self.beta), **kwargs)
+        distributed.keep_float32(self.accelerator)
+        if self.args.ddp_find_unused_parameters is None:
+            distributed.wait_for_every_gradient(self.accelerator, self.model)
+        self._weights_moved = WeightsMoved()
+        self.add_callback(self._weights_moved)
+        self.objective, self.spec = objective, objective_spec(objective)
+        self.pairwise = self.spec.per == "pair" if pairwise is None else pairwise
+        self.one_pass = self.spec.per == "token"
+        self.starts_at_reference = starts_at_reference
+        # compute_loss divides by the responses of the whole step; the second line says so to older transformers (5.17)
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._since_log: list[Responses] = []
+        self._tokens_since_log, self._logged_at = 0, time.perf_counter()
+        self._noise_at_start: float | None = None
+        if self.pop_callback(ProgressCallback) is not None:  # not with --disable_tqdm
+            self.add_callback(_ProgressBar)
+        if self.train_dataset is not None and self.accelerator.num_processes > 1:
+            # accelerate would fill up the last batches with rows from the beginning, which would count twice
+            rows: list[Row] = list(self.train_dataset)
+            missing = -len(rows) % (self.args.per_device_train_batch_size * self.accelerator.num_processes)
+            self.train_dataset = rows + [Row("", [])] * missing
+
+    # --- from batch to loss ---------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Losses in the whole optimizer step, one per response or pair: every micro-batch, every process."""
+        responses = sum(len(batch["preferred"]) for batch in batch_samples)
+        losses = torch.tensor(responses // 2 if self.pairwise else responses, device=device)
+        return self.accelerator.reduce(losses, "sum")
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch, in passes of at most --tokens_per_pass tokens: the same gradient, activations of fewer tokens.
+
+        In one process only: processes would have to agree on how many passes there are. Not under DeepSpeed, which takes
+        its optimizer step in the backward pass.
+        """
+        alone = self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled
+        most = self.args.tokens_per_pass if alone else math.inf
+        parts = passes(inputs, most or math.inf, whole_rows=not self.one_pass)
+        if len(parts) > 1 and num_items_in_batch is None:
+            num_items_in_batch = torch.tensor(self._losses_in(inputs), device=self.args.device)
+        losses = [super(BNFTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+        return torch.stack(losses).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        count = num_items_in_batch if num_items_in_batch is not None else self._losses_in(inputs)
+        # gradients are averaged over processes, and the mean is over the losses of all of them
+        scale = (self.accelerator.num_processes if model.training else 1) / count
+        # a row whose other side is in another pass is no pair here; only rows of a loss per token are cut, which asks for none
+        pair = None if self.one_pass else torch.where(inputs["paired"], inputs["row"], -1)
+        batch = TokenBatch(inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"])
+        if self.one_pass:
+            token_loss, per_token = self.spec.weighted_token_loss, self.spec.per_token(batch, scale)
+            loss, log_odds, entropy = model(**model_inputs(inputs), token_loss=token_loss, per_token=per_token)
+            batch = replace(batch, entropy=entropy)
+            with torch.no_grad():
+                losses = self.objective(log_odds, batch)
+            loss = loss + (losses.sum() * scale - loss.detach())  # terms that have no gradient, such as BNF's entropy
+        else:
+            log_odds, entropy = model(**model_inputs(inputs))
+            batch = replace(batch, entropy=entropy)
+            losses = self.objective(log_odds, batch)
+            loss = losses.sum() * scale
+        scored = Scored(log_odds.detach(), batch, losses.detach(), inputs["paired"], self.pairwise)
+        responses = measure(scored, *metrics.quantities())
+        if model.training:
+            self._record(scored, responses, inputs)
+        return (loss, responses) if return_outputs else loss
+
+    def _losses_in(self, inputs: Mapping[str, Tensor]) -> int:
+        return len(inputs["preferred"]) // 2 if self.pairwise else len(inputs["preferred"])
+
+    # --- metrics (bnf_train.training.metrics) ---------------------------------------------------------------------------
+
+    def _record(self, scored: Scored, responses: Responses, inputs: Mapping[str, Tensor]) -> None:
+        """What the next log reports; before the first step, whether policy and reference are one."""
+        padded = "attention_mask" in inputs
+        if self.starts_at_reference:
+            self.starts_at_reference = False
+            self._check_start(scored.log_odds, scored.ref_log_odds, padded)
+        self._since_log.append(responses)
+        self._tokens_since_log += int(inputs["attention_mask"].sum()) if padded else inputs["input_ids"].numel()
+
+    def _check_start(self, log_odds: Tensor, ref_log_odds: Tensor, padded: bool) -> None:
+        """On the first micro-batch of each process, with dropout as in training."""
+        noise = (bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) - 1).abs()
+        total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
+        mean = total / max(tokens, 1)
+        self._noise_at_start = mean
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize < 4
+        most = (MOST_NOISE_IN_PADDED_HALF if padded else MOST_NOISE_IN_HALF) if half else MOST_NOISE
+        if mean > most:  # NaN is for the check of the loss, which names the rows
+            raise UsageError(
+                f"before the first step the mean |w - 1| is {mean:.2g}, more than the {most:g} that noise explains: "
+                "policy and reference are not the same model in the same mode; look for dropout in the model's configuration, "
+                "a reference cache of other weights, or another attention implementation or dtype."
+            )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the metrics of what was trained on since the last log, over all processes."""
+        if "loss" in logs and self._since_log:
+            logs |= self._training_metrics() | self._weights_moved.take()
+        super().log(logs, *args, **kwargs)
+
+    def _training_metrics(self) -> dict[str, float]:
+        """METRICS of the training log, and what only the trainer knows: speed, and the weights before the first step."""
+        add_up = partial(self.accelerator.reduce, reduction="sum")
+        now = time.perf_counter()
+        speed = torch.tensor(self._tokens_since_log / (now - self._logged_at), device=self.args.device)
+        logs = {"tokens_per_second": add_up(speed).item()}
+        logs |= metrics.values(joined(self._since_log), beta=self.beta, reduce=add_up)
+        if self._noise_at_start is not None:
+            logs["bnf/start_weight_error"] = self._noise_at_start
+        self._noise_at_start = None
+        self._since_log, self._tokens_since_log, self._logged_at = [], 0, now
+        return logs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """A table with one line per row of the data as "predictions": `metrics.held_out_values` makes metrics of it."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, responses = self.compute_loss(model, inputs, return_outputs=True)
+        table = metrics.by_row(responses, inputs["row"])
+        return None, table, inputs["row"].new_zeros(len(table))
+
+    # --- several processes (bnf_train.training.distributed) -------------------------------------------------------------
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """--torch_compile is `distributed.compile_layers`: a model compiled whole would leave out the head's forward."""
+        args = super()._build_accelerator_args(**kwargs)
+        args.pop("dynamo_plugin", None)
+        return args
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        return distributed.autocast(self.accelerator)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict and distributed.without_tied(self.model, state_dict))
+
+
+def beta_of(objective: Objective) -> float:
+    """The beta that rewards are logged with: bound by functools.partial, else the default of a keyword-only `beta`, else 1."""
+    if "beta" in (bound := getattr(objective, "keywords", {})):
+        return float(bound["beta"])
+    try:
+        parameter = inspect.signature(objective).parameters.get("beta")
+    except (TypeError, ValueError):  # a callable without a signature
+        return 1.0
+    if parameter is None or parameter.kind is not parameter.KEYWORD_ONLY or not isinstance(parameter.default, (int, float)):
+        return 1.0
+    return float(parameter.default)
+
+
+class _ProgressBar(ProgressCallback):
+    """The loss beside the bar, instead of a printed line for every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            speed = f"{logs.get('tokens_per_second', 0):.0f}"
+            self.training_bar.set_postfix({"loss": f"{float(logs['loss']):.4f}", "tokens/s": speed})
