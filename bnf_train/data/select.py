@@ -11,10 +11,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from bnf_train.data.read import has_splits, read_rows
-from bnf_train.data.render import show
-from bnf_train.data.rows import Row, Rules
+from bnf_train.data.rows import Row
+from bnf_train.data.show import show
 from bnf_train.data.tokenize import tokenize
 from bnf_train.errors import UsageError
+from bnf_train.rules import RULES, Rules
 
 
 class Choice(Protocol):
@@ -35,7 +36,7 @@ class Choice(Protocol):
 
 def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, console: Console) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, tokenised; what was cut or dropped is printed."""
-    rules = Rules(config.too_long, config.empty, config.no_boundary, config.duplicates)
+    rules = Rules(**{name: getattr(config, name) for name in RULES})
 
     def tokenized(source: str, split: str) -> list[Row]:
         raw = read_rows(source, split)
