@@ -50,7 +50,14 @@ ROOMS: dict[str, list[str]] = {
     "proofs": [],
 }
 COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, never imported
-JOINS = ("bnf_core/__init__", "bnf_core/benchmark", "bnf_core/benchmark_peers", "bnf_core/roofline", "bnf_core/fused", "bnf_core/constraints")
+JOINS = (
+    "bnf_core/__init__",
+    "bnf_core/benchmark",
+    "bnf_core/benchmark_peers",
+    "bnf_core/roofline",
+    "bnf_core/fused",
+    "bnf_core/constraints",
+)
 FIGURES = "plot_"  # the scripts in proofs/ that may draw bnf_core's values beside SymPy's
 CORE_NEEDS = {"torch", "numpy", "jaxtyping", "bnf_core"}
 OPTIONAL = {"triton", "deepspeed", "bitsandbytes", "trl"}  # imported only where it is used
@@ -132,7 +139,11 @@ def test_no_circle_and_few_floors() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
     floors: dict[str, int] = {}
     for package in ("bnf_core", "bnf_train"):
-        between = {r: {room(o) for n in NAMES if room(n) == r for o in arrows(n) if o.startswith(package)} - {r} for r in ROOMS if r.startswith(package)}
+        between = {
+            r: {room(o) for n in NAMES if room(n) == r for o in arrows(n) if o.startswith(package)} - {r}
+            for r in ROOMS
+            if r.startswith(package)
+        }
         for r in graphlib.TopologicalSorter(between).static_order():
             floors[r] = 1 + max((floors[below] for below in between.get(r, ())), default=0)
     assert max(floors.values()) <= MOST_FLOORS, floors
@@ -172,7 +183,11 @@ def ours() -> set[str]:
                 found.add(node.name)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 found.add(node.id)
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in ("self", "cls"):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) in ("self", "cls")
+            ):
                 found.add(node.attr)
             if isinstance(node, ast.alias):
                 found.add(node.name.rpartition(".")[2])

@@ -36,7 +36,7 @@ class Choice(Protocol):
 
 def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, console: Console) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, tokenised; what was cut or dropped is printed."""
-    rules = Rules(**{name: getattr(config, name) for name in RULES})
+    rules = Rules(**{name: getattr(config, name, rule.choices[0]) for name, rule in RULES.items()})
 
     def tokenized(source: str, split: str) -> list[Row]:
         raw = read_rows(source, split)
@@ -46,7 +46,7 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
         tokens = sum(r.tokens for row in rows for r in row.responses)
         console.print(
             f"{source}, {split}: {counts.rows} rows, {tokens:,} response tokens; at --max_length {config.max_length}, "
-            f"{len(counts.cut)} responses cut, {len(counts.dropped)} rows dropped."
+            f"{len(counts.cut)} responses cut, {len(counts.left_out.get('too_long', ()))} rows dropped."
         )
         for sentence in counts.sentences(rules):
             console.print(f"  {sentence}")

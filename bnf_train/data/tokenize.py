@@ -15,7 +15,7 @@ from bnf_train.data.read import RawRow, shown
 from bnf_train.data.rows import Counts, Response, Row
 from bnf_train.data.template import Options, Template, Written
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError
-from bnf_train.rules import RowRefused, Rules
+from bnf_train.rules import RULES, RowRefused, Rules
 
 CHUNK = 512  # rows that are tokenised at once
 
@@ -203,7 +203,8 @@ class _Run:
         return [f"{self.source}: {sentence}." for sentence in said]
 
     def nothing_left(self) -> None:
-        if self.refused is not None and len(self.counts.left_out.get(self.refused.rule, ())) == self.counts.rows:
+        by_default = self.refused is not None and RULES[self.refused.rule].choices[0] == "drop"  # nobody asked for it
+        if self.refused is not None and by_default and len(self.counts.left_out[self.refused.rule]) == self.counts.rows:
             raise UsageError(f"{str(self.refused).rstrip('.')} (and so in all {self.counts.rows} rows).") from self.refused
         left_out = "; ".join(self.counts.sentences(self.rules)) or "there was none"
         raise UsageError(f"{self.source}: no row is left at --max_length {self.max_length}: {left_out}.")

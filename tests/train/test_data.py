@@ -30,8 +30,8 @@ from bnf_train.data import (
     split_by_prompt,
     tokenize,
 )
-from bnf_train.data.conversations import to_conversations
-from bnf_train.data.render import show
+from bnf_train.data.conversations import to_conversation
+from bnf_train.data.show import show
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
 
@@ -74,7 +74,54 @@ ACCEPTED = {
         {"chosen": [USER, WELL, USER, WELL], "rejected": [USER, WELL, USER, BADLY]},
         ([USER, WELL, USER], [(WELL, True), (BADLY, False)]),
     ),
-    "extra-keys-of-messages": ({"prompt": [USER | {"id": 3}], "chosen": [WELL | {"score": 1}], "rejected": [BADLY]}, PAIR),
+    "extra-keys-of-messages": (
+        {"prompt": [USER | {"name": "Ann"}], "chosen": [WELL | {"thinking": "Hm."}], "rejected": [BADLY]},
+        ([USER | {"name": "Ann"}], [(WELL | {"thinking": "Hm."}, True), (BADLY, False)]),
+    ),
+    "sharegpt": (
+        {
+            "conversations": [{"from": "system", "value": "be brief"}, {"from": "human", "value": "hello"}],
+            "chosen": {"from": "gpt", "value": "well"},
+            "rejected": {"from": "gpt", "value": "badly"},
+        },
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "system-column": (
+        {"system": "be brief", "prompt": "hello", "chosen": "well", "rejected": "badly"},
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "system-column-and-message": (
+        {"system": "be brief ", "prompt": [SYSTEM, USER], "chosen": "well", "rejected": "badly"},
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "parts-of-text": (
+        {
+            "prompt": [USER | {"content": [{"type": "text", "text": "hel"}, {"text": "lo"}]}],
+            "chosen": "well",
+            "rejected": "badly",
+        },
+        PAIR,
+    ),
+    "label-as-text": ({"prompt": "hello", "completion": "badly", "label": "False"}, ([USER], [(BADLY, False)])),
+    "completions": (
+        {"prompt": "hello", "completions": ["well", [BADLY], "so so"], "labels": [True, 0, "false"]},
+        ([USER], [(WELL, True), (BADLY, False), (BADLY | {"content": "so so"}, False)]),
+    ),
+    "tool-call-without-text": (
+        {
+            "prompt": [
+                USER,
+                WELL | {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+                USER,
+            ],
+            "chosen": "well",
+            "rejected": "badly",
+        },
+        (
+            [USER, WELL | {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}, USER],
+            PAIR[1],
+        ),
+    ),
     "empty-cells-of-the-other-shape": (
         {"prompt": "hello", "chosen": "", "rejected": "", "completion": "well", "label": True},
         ([USER], [(WELL, True)]),
@@ -92,7 +139,6 @@ REFUSED = {
     "number": ({"prompt": 3, "completion": "b", "label": True}, "prompt: expected text or a list of"),
     "label-missing": ({"prompt": "a", "completion": "b"}, "label: expected true or false .*got null"),
     "label-2": ({"prompt": "a", "completion": "b", "label": 2}, "label: expected true or false .*got 2"),
-    "label-text-in-json": ({"prompt": "a", "completion": "b", "label": "true"}, "label: expected true or false .*got 'true'"),
     "label-nan": ({"prompt": "a", "completion": "b", "label": float("nan")}, "label: expected true or false .*got nan"),
     "both-shapes": (
         {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d", "label": True},
@@ -106,9 +152,27 @@ REFUSED = {
         {"prompt": "bye", "chosen": [USER, WELL], "rejected": [USER, BADLY]},
         "prompt: expected a part of",
     ),
-    "a-continued-prompt": (
+    "several-turns": (
         {"prompt": "bye", "chosen": [WELL, USER, WELL], "rejected": [WELL, USER, BADLY]},
-        "prompt: expected a part of the conversations",
+        "chosen: a response of 3 messages, and responses of several turns are not supported",
+    ),
+    "two-system-messages": (
+        {"system": "be long", "prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b"},
+        "system: expected no system message in the prompt beside it",
+    ),
+    "an-image": (
+        {"prompt": [USER | {"content": [{"type": "image", "url": "x"}]}], "chosen": "a", "rejected": "b"},
+        "expected parts of text in message 1, got image",
+    ),
+    "score-nan": ({"prompt": "a", "completion": "b", "score": float("nan")}, "score: expected a finite number, got nan"),
+    "score-text": ({"prompt": "a", "completion": "b", "score": "good"}, "score: expected a finite number, got 'good'"),
+    "uneven-lists": (
+        {"prompt": "a", "completions": ["b", "c"], "labels": [True]},
+        "completions, labels: expected two lists of one length, got 2 and 1",
+    ),
+    "tools-no-list": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "f"},
+        "tools: expected a list of JSON schemas, got 'f'",
     ),
     "different-first-turns": (
         {"chosen": [USER, WELL], "rejected": [USER | {"content": "bye"}, WELL]},
@@ -123,11 +187,6 @@ REFUSED = {
         "got null as the content",
     ),
     "no-role": ({"prompt": [{"content": "a"}], "chosen": "a", "rejected": "b"}, "prompt: .* got none as the role of message 1"),
-    "sharegpt": ({"chosen": [{"from": "gpt", "value": "a"}], "rejected": "b", "prompt": "c"}, "chosen: .*got none as the role"),
-    "tool-calls": (
-        {"prompt": [USER, WELL | {"tool_calls": [{"name": "f"}]}, USER], "chosen": "a", "rejected": "b"},
-        "got tool calls in message 2",
-    ),
     "surrogate": (
         {"prompt": "a\ud800", "chosen": "a", "rejected": "b"},
         r"prompt: .* half a character \('.ud800",
@@ -138,13 +197,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("row", "expected"), ACCEPTED.values(), ids=ACCEPTED)
 def test_rows_become_conversations(row: dict[str, Any], expected: Any) -> None:
-    assert to_conversations(row, "WHERE") == expected
+    found = to_conversation(row, "WHERE")
+    assert (found.prompt, [(a.message, a.score == 1) for a in found.answers]) == expected
 
 
 @pytest.mark.parametrize(("row", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_rows_are_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        to_conversations(row, "WHERE")
+        to_conversation(row, "WHERE")
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------
@@ -173,9 +233,9 @@ def test_response_ends_with_its_end_of_turn_and_no_more(tokenizer: PreTrainedTok
 @pytest.mark.parametrize(
     ("template", "completion", "expected"),
     [
-        (WITHOUT_EOS, "b", ("a ", "b <|im_end|>")),
+        (WITHOUT_EOS, "b", ("a ", "b<|im_end|>")),
         (WITHOUT_EOS, "b<|im_end|>", ("a ", "b<|im_end|>")),
-        (WITHOUT_EOS, "b<|im_start|>", ("a ", "b<|im_start|> <|im_end|>")),  # a special token of the data ends no turn
+        (WITHOUT_EOS, "b<|im_start|>", ("a ", "b<|im_start|><|im_end|>")),  # a special token of the data ends no turn
         (FOR_MESSAGE + "{{ m['content'] + '<|im_end|>' }}{% endfor %}", "b<|im_end|>", ("a<|im_end|>", "b<|im_end|>")),
         (FOR_MESSAGE + "{{ m['content'] + '<|turn|> \n' }}{% endfor %}", "b", ("a<|turn|> \n", "b<|turn|>")),  # as gemma's
         (
@@ -183,7 +243,7 @@ def test_response_ends_with_its_end_of_turn_and_no_more(tokenizer: PreTrainedTok
             "b",
             ("a<|turn|><|im_end|>", "b<|turn|><|im_end|>"),
         ),
-        ("{{ '<s>' }}" + WITHOUT_EOS, "b", ("<s>a ", "b <|im_end|>")),
+        ("{{ '<s>' }}" + WITHOUT_EOS, "b", ("<s>a ", "b<|im_end|>")),
     ],
     ids=["no-eos", "eos-in-the-data", "other-token-in-the-data", "eos-in-both", "not-the-eos", "two", "bos"],
 )
@@ -202,22 +262,26 @@ def test_one_bos_and_one_end_of_turn(
 def test_text_that_begins_with_a_bos_does_not_double_the_templates(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.chat_template = "{{ bos_token }}" + WITHOUT_EOS
-    assert response_text(tokenizer, SINGLE | {"prompt": "<s>a"}) == ("<s>a ", "b <|im_end|>")
+    assert response_text(tokenizer, SINGLE | {"prompt": "<s>a"}) == ("<s>a ", "b<|im_end|>")
 
 
 REWRITES_SOME = FOR_MESSAGE + (
-    "{{ 'long ' if messages | length > 1 and messages[0]['content'] == 'odd' }}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{{ 'long ' if messages | length > 1 and messages[0]['content'] == 'odd' }}{{ m['content'] + '<|im_end|>' }}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
 )
 
 
-def test_a_prompt_that_is_no_token_prefix_is_reported_and_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_prompt_that_prompt_and_response_do_not_begin_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The response stands between what the template writes around others; only a call, which it alone can write, cannot."""
     tokenizer.chat_template = REWRITES_SOME
-    raw = [SINGLE, SINGLE | {"prompt": "odd"}, SINGLE | {"prompt": "c"}]
+    assert response_text(tokenizer, SINGLE | {"prompt": "odd"}) == ("odd<|im_end|>", "b<|im_end|>")
+    call = [WELL | {"content": None, "tool_calls": [{"name": "f"}]}]
+    raw = [SINGLE, SINGLE | {"prompt": "odd", "completion": call}, SINGLE | {"prompt": "c", "completion": call}]
     rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl")
     assert [row.number for row in rows] == [1, 3]
-    assert counts == Counts(rows=3, no_boundary=[2])
-    assert counts.sentences(Rules())[0].endswith("no prefix of prompt and response (--no_boundary drop): row 2")
-    expected = r"x.jsonl, row 2: the chat template does not render the prompt as a token prefix"
+    assert counts == Counts(rows=3, left_out={"no_boundary": [2]})
+    assert counts.sentences(Rules())[0].endswith("not certain where their response begins (--no_boundary drop): row 2")
+    expected = r"x.jsonl, row 2: the chat template does not write the prompt before prompt and response"
     with pytest.raises(UsageError, match=expected):
         tokenize(raw, tokenizer, 100, "x.jsonl", Rules(no_boundary="error"))
     with pytest.raises(UsageError, match=r"x.jsonl, row 1: the chat template .* \(and so in all 2 rows\)"):
@@ -236,13 +300,16 @@ def test_what_the_template_refuses_is_named(tokenizer: PreTrainedTokenizerFast) 
         "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
     )
     system = {"prompt": [{"role": "system", "content": "Be brief."}, USER], "completion": "b", "label": True}
-    with pytest.raises(UsageError, match=r"x.jsonl, row 2: .* refuses this conversation \(System role not supported\)\.$"):
+    with pytest.raises(
+        UsageError,
+        match=r"x.jsonl, row 2: .* refuses this conversation \(System role not supported\); fix it, or pass --template_refuses drop\.$",
+    ):
         tokenize([SINGLE, system], tokenizer, 100, "x.jsonl")
     tokenizer.chat_template = "{% for"
     with pytest.raises(UsageError, match=r"x.jsonl, row 1: the model's chat template refuses"):
         tokenize([SINGLE], tokenizer, 100, "x.jsonl")
     tokenizer.chat_template = None
-    with pytest.raises(UsageError, match=r"no chat template; use an instruction-tuned model\.$"):
+    with pytest.raises(UsageError, match=r"no chat template; use an instruction-tuned model, or pass --chat_template FILE\.$"):
         tokenize([SINGLE], tokenizer, 100, "x.jsonl")
 
 
@@ -259,10 +326,10 @@ def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     raw = [{"prompt": "p" * n, "completion": "c" * 10, "label": True} for n in (1, 10, 50)]
     length = len(tokenize(raw[1:2], tokenizer, 1000, "x")[0][0].responses[0].input_ids)
     rows, counts = tokenize(raw, tokenizer, length - 3, "x.jsonl")
-    assert counts == Counts(rows=3, cut=[2], dropped=[3])
+    assert counts == Counts(rows=3, left_out={"too_long": [3]}, cut=[2])
     assert [row.responses[0].tokens for row in rows] == [11, 8]
     rows, counts = tokenize(raw, tokenizer, length - 3, "x.jsonl", Rules(too_long="drop"))
-    assert counts == Counts(rows=3, dropped=[2, 3])
+    assert counts == Counts(rows=3, left_out={"too_long": [2, 3]})
     assert [row.number for row in rows] == [1]
     message = f"x.jsonl, row 2: prompt and response have {length - 11} \\+ 11 tokens, more than --max_length {length - 3}"
     with pytest.raises(UsageError, match=message):
@@ -276,7 +343,7 @@ def test_empty_responses_stop_or_are_dropped(tokenizer: PreTrainedTokenizerFast)
     with pytest.raises(UsageError, match=r"x.jsonl, row 2: completion: expected a response, got an empty one"):
         tokenize(raw, tokenizer, 100, "x.jsonl")
     rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl", Rules(empty="drop"))
-    assert counts == Counts(rows=2, empty=[2])
+    assert counts == Counts(rows=2, left_out={"empty": [2]})
     assert len(rows) == 1
     with pytest.raises(UsageError, match=r"no row is left .* because a response is empty \(--empty drop\): row 1"):
         tokenize(raw[1:], tokenizer, 100, "x.jsonl", Rules(empty="drop"))
@@ -293,7 +360,7 @@ def test_duplicates_are_counted_and_kept_or_dropped(tokenizer: PreTrainedTokeniz
     ]
     for rule, kept in (("keep", 5), ("drop", 3)):
         rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl", Rules(duplicates=rule))
-        assert counts == Counts(rows=5, duplicates=[4, 5])
+        assert counts == Counts(rows=5, left_out={"duplicates": [4, 5]})
         assert len(rows) == kept
     with pytest.raises(UsageError, match=r"x.jsonl, row 4: the same as a row before"):
         tokenize(raw, tokenizer, 100, "x.jsonl", Rules(duplicates="error"))
@@ -304,7 +371,7 @@ def test_rows_do_not_depend_on_the_chunk_that_they_are_in(
 ) -> None:
     raw = [SINGLE | {"prompt": "p" * n, "completion": "c" * (n % 7)} for n in range(1, 40)]
     once = tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop"))
-    assert once[1].empty == [7, 14, 21, 28, 35]
+    assert once[1].left_out["empty"] == [7, 14, 21, 28, 35]
     assert once[1].dropped
     monkeypatch.setattr("bnf_train.data.tokenize.CHUNK", 4)
     assert tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop")) == once
