@@ -123,10 +123,11 @@ class Template:
           RowRefused: the template refuses it, leaves a message out, or the prompt has been through a template already.
         """
         messages, tools = conversation.prompt, conversation.tools
-        if conversation.text and (found := self.marks & set(self._special.findall(messages[-1]["content"]))):
+        own = self._special.findall(messages[-1]["content"]) if conversation.text else []
+        if found := [mark for mark in own if mark in self.marks]:
             raise RowRefused(
                 "already_rendered",
-                f"{where}: prompt: expected plain text, got the chat template's own {sorted(found)[0]} in it, so that the "
+                f"{where}: prompt: expected plain text, got the chat template's own {found[0]} in it, so that the "
                 "template would stand around it twice; --already_rendered as_is uses it as it stands.",
             )
         prefilled = messages[-1]["role"] == "assistant"
