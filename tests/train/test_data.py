@@ -302,7 +302,7 @@ def test_what_the_template_refuses_is_named(tokenizer: PreTrainedTokenizerFast) 
     system = {"prompt": [{"role": "system", "content": "Be brief."}, USER], "completion": "b", "label": True}
     with pytest.raises(
         UsageError,
-        match=r"x.jsonl, row 2: .* refuses this conversation \(System role not supported\); fix it, or pass --template_refuses drop\.$",
+        match=r"row 2: .* refuses this conversation \(System role not supported\); fix it, or pass --template_refuses drop\.$",
     ):
         tokenize([SINGLE, system], tokenizer, 100, "x.jsonl")
     tokenizer.chat_template = "{% for"
@@ -372,7 +372,7 @@ def test_rows_do_not_depend_on_the_chunk_that_they_are_in(
     raw = [SINGLE | {"prompt": "p" * n, "completion": "c" * (n % 7)} for n in range(1, 40)]
     once = tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop"))
     assert once[1].left_out["empty"] == [7, 14, 21, 28, 35]
-    assert once[1].dropped
+    assert once[1].left_out["too_long"]
     monkeypatch.setattr("bnf_train.data.tokenize.CHUNK", 4)
     assert tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop")) == once
 

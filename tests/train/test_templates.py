@@ -40,7 +40,8 @@ class Case(NamedTuple):
 THINKS_IF_ASKED = (
     FOR + "{% if m['role'] == 'assistant' and loop.last %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m['content'] }}"
     "{{ '<|im_end|>\n' }}{% else %}{{ " + ROLES + " }}{% endif %}{% endfor %}" + ASKS
-    + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
 )  # fmt: skip
 THINKS_ALWAYS = (  # the prompt opens the block, which the template closes in every response
     FOR + "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% if '</think>' in m['content'] %}"
@@ -74,7 +75,8 @@ CHANNELS = (
     FOR
     + "{{ '<|turn|>' + m['role'] }}{{ '<|channel|>final' if m['role'] == 'assistant' }}"
     + (
-        "{{ '<|part|>' + m['content'] }}{{ '<|im_end|>' if m['role'] == 'assistant' and loop.last else '<|stop|>' }}{% endfor %}"
+        "{{ '<|part|>' + m['content'] }}{{ '<|im_end|>' if m['role'] == 'assistant' and loop.last else '<|stop|>' }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|turn|>assistant' }}{% endif %}"
     )
 )
