@@ -5,7 +5,7 @@ from bnf_train.data.read import has_splits, read_rows
 from bnf_train.data.rows import Counts, Response, Row
 from bnf_train.data.select import digest, mask_pairs, read_and_tokenize, split_by_prompt
 from bnf_train.data.template import Options, Template
-from bnf_train.data.tokenize import tokenize
+from bnf_train.data.tokens import tokenize
 from bnf_train.rules import RULES, RowRefused, Rules
 
 __all__ = [

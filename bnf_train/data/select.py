@@ -10,10 +10,11 @@ from typing import Protocol
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from bnf_train.data.card import card
 from bnf_train.data.read import has_splits, read_rows
 from bnf_train.data.rows import Row
 from bnf_train.data.show import show
-from bnf_train.data.tokenize import tokenize
+from bnf_train.data.tokens import tokenize
 from bnf_train.errors import UsageError
 from bnf_train.rules import RULES, Rules
 
@@ -43,13 +44,8 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
         if not raw:
             return []
         rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules)
-        tokens = sum(r.tokens for row in rows for r in row.responses)
-        console.print(
-            f"{source}, {split}: {counts.rows} rows, {tokens:,} response tokens; at --max_length {config.max_length}, "
-            f"{len(counts.cut)} responses cut, {len(counts.left_out.get('too_long', ()))} rows dropped."
-        )
-        for sentence in counts.sentences(rules):
-            console.print(f"  {sentence}")
+        for line in card(rows, counts, rules, source, split, config.max_length):
+            console.print(line)
         return rows
 
     assert config.dataset is not None

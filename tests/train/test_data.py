@@ -373,7 +373,7 @@ def test_rows_do_not_depend_on_the_chunk_that_they_are_in(
     once = tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop"))
     assert once[1].left_out["empty"] == [7, 14, 21, 28, 35]
     assert once[1].left_out["too_long"]
-    monkeypatch.setattr("bnf_train.data.tokenize.CHUNK", 4)
+    monkeypatch.setattr("bnf_train.data.tokens.CHUNK", 4)
     assert tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop")) == once
 
 
