@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnf_core._checks import check_floating, check_same_device, describe, first_position, wide
 
-__all__ = ["PairLogps", "TokenBatch", "pair_logps", "sequence_logps"]
+__all__ = ["PairConstraint", "PairLogps", "TokenBatch", "checked_pairs", "pair_logps", "sequence_logps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,23 @@ class PairLogps(NamedTuple):
     def means(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
         """Mean log-likelihood per token of each side."""
         return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
+
+
+PairConstraint = tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]  # C_w, C_l (eq. 3)
+
+
+def checked_pairs(pairs: PairLogps) -> PairLogps:
+    """In float32 at least, after the checks: what a constraint takes.
+
+    Raises:
+      ValueError: not a PairLogps of floating-point tensors of one shape.
+    """
+    if not isinstance(pairs, PairLogps):
+        raise ValueError(f"pairs: expected a PairLogps (see bnf_core.pair_logps), got {type(pairs).__name__}.")
+    for name, value in pairs._asdict().items():
+        if value is not None:
+            check_floating(f"pairs.{name}", value, tuple(pairs.chosen.shape))
+    return PairLogps._make(None if value is None else wide(value) for value in pairs)
 
 
 def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor, " responses"]:

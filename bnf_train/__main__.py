@@ -7,39 +7,28 @@ Without arguments it trains the embedded demo. For a real one:
 """
 
 import sys
-import traceback
 
-from bnf_train.errors import Interrupted, UsageError, is_out_of_memory
+from bnf_train import cli, options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return cli.run(_train, arguments)
+
+
+def _train(arguments: list[str], failure: cli.Failure) -> None:
+    if {"--help", "-h"} & set(arguments):
+        print(options.help_text(), end="")
+        return
     from bnf_train.flags import parse  # imports transformers
     from bnf_train.run import run
 
-    config = None
-    try:
-        config = parse(arguments)
-        run(config, embedded=not arguments)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.code
-    except Exception as error:
-        if config is not None and is_out_of_memory(error):
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            sentence = (
-                f"out of memory ({reason}); lower --per_device_train_batch_size (now {config.per_device_train_batch_size}) "
-                f"or --max_length (now {config.max_length}), or add --gradient_checkpointing."
-            )
-        elif isinstance(error, UsageError):
-            sentence = str(error)
-        else:
-            raise
-        if config.tracebacks if config else "--debug" in arguments:
-            traceback.print_exc()
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    return 0
+    config = parse(arguments)
+    failure.debug = config.tracebacks
+    failure.out_of_memory = lambda: (
+        f"lower --per_device_train_batch_size (now {config.per_device_train_batch_size}) or --max_length "
+        f"(now {config.max_length}), or add --gradient_checkpointing."
+    )
+    run(config, embedded=not arguments)
 
 
 if __name__ == "__main__":

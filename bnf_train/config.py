@@ -4,15 +4,16 @@ import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import huggingface_hub
 import torch
 from transformers import SchedulerType, TrainingArguments
 
-from bnf_core import OBJECTIVES
+from bnf_core import multiplies
 from bnf_train import demo
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError
+from bnf_train.options import FOR_BF16_WEIGHTS, Data, LoRA, Model, Objective, Output, Training
 
 # Section 4 of the paper: the preference set and the learning rate of each base model. What all three share
 # (batch of 128 rows, 4096 tokens, AdamW, cosine with 10 % warm-up, one epoch) are BNFConfig's defaults.
@@ -43,216 +44,73 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Optimizers that keep what a bf16 weight rounds away: the argument that makes them, and the package they come from.
-FOR_BF16_WEIGHTS = {
-    "adamw_torch_8bit": ("bf16_stochastic_round", "torchao"),
-    "adamw_torch_4bit": ("bf16_stochastic_round", "torchao"),
-    "adamw_anyprecision": ("use_kahan_summation", "torchdistx"),
-    "stable_adamw": ("kahan_sum", "optimi"),
-}
+
+_THEIRS = TrainingArguments.__dataclass_fields__
 
 
 @dataclass
-class BNFConfig(TrainingArguments):
-    """TrainingArguments with the project's own flags, and the paper's set-up as defaults."""
+class BNFConfig(Output, LoRA, Training, Objective, Model, Data, TrainingArguments):
+    """TrainingArguments with the project's own flags (`options`), and the paper's set-up as defaults."""
 
-    model: str = field(
-        default=str(demo.MODEL),
-        metadata={"help": "Model folder or hub name. A model of the paper brings its preset: dataset, learning rate."},
-    )
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Preference data: a .jsonl, .json, .parquet or .csv file, a folder that the datasets library saved, or a "
-            "hub dataset's name or name:configuration. Rows are (prompt, chosen, rejected) or (prompt, completion, label), "
-            "plain text or chat messages; the prompt may stand in the messages of chosen and rejected instead."
-        },
-    )
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Held-out rows, as --dataset. Default: the test split of a hub dataset, else --eval_size."},
-    )
-    eval_size: float = field(
-        default=0.1,
-        metadata={
-            "help": "Without held-out rows of their own: the share (below 1) or number of training rows kept back, "
-            "whole prompts at a time. 0 keeps none."
-        },
-    )
-    max_length: int = field(default=4096, metadata={"help": "Longest prompt and response together, in tokens."})
-    too_long: str = field(
-        default="cut",
-        metadata={
-            "help": "Rows longer than --max_length: cut the response's end (and drop rows whose prompt leaves no room), "
-            "drop them, or stop.",
-            "choices": ["cut", "drop", "error"],
-        },
-    )
-    empty: str = field(
-        default="error", metadata={"help": "Rows with an empty response: drop them, or stop.", "choices": ["drop", "error"]}
-    )
-    no_boundary: str = field(
-        default="drop",
-        metadata={
-            "help": "Rows whose prompt is no prefix of prompt and response, so that the response has no certain beginning: "
-            "drop them, or stop.",
-            "choices": ["drop", "error"],
-        },
-    )
-    duplicates: str = field(
-        default="keep",
-        metadata={"help": "Exact duplicates of a row before: keep, drop, or stop.", "choices": ["keep", "drop", "error"]},
-    )
-    pairing_ratio: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of training pairs that stay whole; of the others one side, drawn at random, is removed "
-            "(table 6 of the paper)."
-        },
-    )
-    show_examples: int = field(default=2, metadata={"help": "Training rows printed at the start, with what the loss sees."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata=_THEIRS["lr_scheduler_type"].metadata)
+    warmup_steps: float = field(default=0.1, metadata=_THEIRS["warmup_steps"].metadata)
+    logging_steps: float = field(default=1, metadata=_THEIRS["logging_steps"].metadata)
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: rows are tokenised here."})
     streaming: bool = field(default=False, metadata={"help": "Refused: all rows must be at hand before training."})
-    objective: str = field(
-        default="bnf",
-        metadata={
-            "help": f"What to minimise: {', '.join(sorted(OBJECTIVES))}, or a function of your own as "
-            "module:function or path/to/file.py:function. Its hyper-parameters are flags (below)."
-        },
-    )
+
+    # no flags
     hyperparameters: dict[str, Any] = field(default_factory=dict, init=False)  # of the objective, from flags of their own
     rows_digest: str = field(default="", init=False)  # of the training rows, once they are read
-    batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows per optimizer step over all devices (a pair is one row); sets gradient_accumulation_steps. "
-            "Default: 128 as in the paper."
-        },
-    )
-    packing: bool = field(
-        default=True,
-        metadata={"help": "Responses of a batch stand one behind the other, without padding and without seeing each other."},
-    )
-    tokens_per_pass: int | None = field(
-        default=None,
-        metadata={
-            "help": "A packed batch with more tokens is computed in several passes, which changes its memory and not its "
-            "gradient; one process only. Default: 640 on a CPU, else 0, which is no limit."
-        },
-    )
-    ref_model: str | None = field(
-        default=None, metadata={"help": "Another reference, as --model. Default: --model as it is before training."}
-    )
-    reference_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that keeps the reference's log-odds for the next run on the same weights and rows, 4 bytes a "
-            "response token. Default: bnf_train in the cache folder of Hugging Face (HF_HOME)."
-        },
-    )
-    no_reference_cache: bool = field(
-        default=False, metadata={"help": "Compute the reference's log-odds anew and keep nothing."}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the frozen base is the reference."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: float = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what enters the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the layers with an adapter. Default: every linear layer but the head."}
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules trained whole beside the adapter, as lm_head. Default: none."}
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the base in 4 bits (bitsandbytes, a CUDA GPU, --use_peft)."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a hub model."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "What weights are held in. bfloat16 needs an --optim that loses no update to rounding: "
-            + ", ".join(FOR_BF16_WEIGHTS),
-            "choices": ["float32", "bfloat16"],
-        },
-    )
-    debug: str = field(
-        default="",
-        metadata={
-            "help": "Show the traceback of an error; or one of transformers' debug options.",
-            "nargs": "?",
-            "const": "error",
-        },
-    )
-
-    # TrainingArguments' own, with other defaults
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the model goes. Default: a new folder runs/MODEL-OBJECTIVE."}
-    )
-    bf16: bool = field(  # `bool | None` would make the parser ask for a value
-        default=cast(bool, None),
-        metadata={"help": "bf16 autocast over float32 weights. Default: where the device multiplies bf16 in hardware."},
-    )
-    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning-rate schedule.", "choices": [kind.value for kind in SchedulerType]}
-    )
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows per forward pass (a pair is one)."})
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "Forward passes per optimizer step. Default: what --batch_size needs."}
-    )
-    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps from one logged loss to the next."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: rows are tokenised here."})
+    tracebacks: bool = field(default=False, init=False)  # --debug
 
     def __post_init__(self) -> None:
-        if self.dataset is None:
-            known = ", ".join(name for name in PRESETS if name != str(demo.MODEL))
-            raise UsageError(f"--dataset is missing: only the models of the paper bring their own ({known}).")
-        if self.max_length < 2:
-            raise UsageError(f"--max_length: expected at least 2 tokens, got {self.max_length}.")
-        if self.lora_r < 1:
-            raise UsageError(f"--lora_r: expected a rank of at least 1, got {self.lora_r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise UsageError(f"--lora_dropout: expected a share from 0 to below 1, got {self.lora_dropout}.")
-        if self.streaming:
-            raise UsageError(f"--streaming: not possible, because {WHY_NOT_STREAMED}; leave it out: rows are read from disk.")
-        if not 0 <= self.pairing_ratio <= 1:
-            raise UsageError(f"--pairing_ratio: expected a share from 0 to 1, got {self.pairing_ratio}.")
-        if self.show_examples < 0:
-            raise UsageError(f"--show_examples: expected a number of rows, or 0, got {self.show_examples}.")
-        if self.eval_size < 0:
-            raise UsageError(f"--eval_size: expected a share below 1, a number of rows, or 0, got {self.eval_size}.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"--{name}: expected at least 1, got {value}.")
-        if not self.learning_rate >= 0:
-            raise UsageError(f"--learning_rate: expected a number that is not negative, got {self.learning_rate}.")
+        self._check()
         if self.dtype == "bfloat16":
             self.optim_args: str | None = _optim_args_for_bf16_weights(str(self.optim), vars(self)["optim_args"])
-        self.tracebacks: bool = "error" in self.debug.split()
-        self.debug = " ".join(word for word in self.debug.split() if word != "error")
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu: bool = self.use_cpu or not accelerated
         if self.tokens_per_pass is None:
             self.tokens_per_pass = 640 if self.use_cpu else 0
-        if self.tokens_per_pass < 0:
-            raise UsageError(f"--tokens_per_pass: expected a number of tokens, or 0, got {self.tokens_per_pass}.")
-        self.bf16 = bf16_in_hardware(self.use_cpu) and not self.fp16 if self.bf16 is None else self.bf16
+        if self.bf16 is None:
+            self.bf16 = bf16_in_hardware(self.use_cpu) and not self.fp16
         cache = self.reference_cache or Path(huggingface_hub.constants.HF_HOME) / "bnf_train"
         self.reference_cache = str(Path(cache).expanduser())
-        if self.output_dir is None and resumes(self.resume_from_checkpoint):
-            raise UsageError("--resume_from_checkpoint: pass the --output_dir of the run to go on with, too.")
         if self.output_dir is None:
             self.output_dir = str(_new_folder(Path("runs") / f"{_short_name(self.model)}-{self.objective.rpartition(':')[2]}"))
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
-        # layers are compiled one by one in `run`; the trainer's compiled model would leave out the log-odds head's forward
-        self.compile_backend, self.torch_compile_backend = vars(self)["torch_compile_backend"], None
-        if self.n_gpu > 1:
-            # one process drives one device; torch.nn.DataParallel would split flat token vectors anywhere
-            self._n_gpu = 1
         self._set_accumulation(accumulate)
+
+    def _check(self) -> None:
+        """Raises UsageError for what transformers does not check."""
+        if self.dataset is None:
+            known = ", ".join(name for name in PRESETS if name != str(demo.MODEL))
+            raise UsageError(f"--dataset is missing: only the models of the paper bring their own ({known}).")
+        if self.streaming:
+            raise UsageError(f"--streaming: not possible, because {WHY_NOT_STREAMED}; leave it out: rows are read from disk.")
+        for name, good, expected in (
+            ("max_length", self.max_length >= 2, "at least 2 tokens"),
+            ("lora_r", self.lora_r >= 1, "a rank of at least 1"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "a share from 0 to below 1"),
+            ("pairing_ratio", 0 <= self.pairing_ratio <= 1, "a share from 0 to 1"),
+            ("show_examples", self.show_examples >= 0, "a number of rows, or 0"),
+            ("eval_size", self.eval_size >= 0, "a share below 1, a number of rows, or 0"),
+            ("learning_rate", self.learning_rate >= 0, "a number that is not negative"),
+            ("tokens_per_pass", (self.tokens_per_pass or 0) >= 0, "a number of tokens, or 0"),
+        ):
+            if not good:
+                raise UsageError(f"--{name}: expected {expected}, got {getattr(self, name)}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name}: expected at least 1, got {value}.")
+        if self.output_dir is None and resumes(self.resume_from_checkpoint):
+            raise UsageError("--resume_from_checkpoint: pass the --output_dir of the run to go on with, too.")
+
+    @property
+    def n_gpu(self) -> int:
+        """One process drives one device: torch.nn.DataParallel would split flat token vectors anywhere."""
+        return min(1, int(super().n_gpu))
 
     def to_dict(self) -> dict[str, Any]:
         """As TrainingArguments', with the objective's hyper-parameters under the names of their flags."""
@@ -303,7 +161,7 @@ def _optim_args_for_bf16_weights(optim: str, optim_args: str | None) -> str:
 def bf16_in_hardware(use_cpu: bool) -> bool:
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return multiplies(torch.bfloat16, "cpu")
 
 
 def resumes(argument: str | bool | None) -> bool:

@@ -1,6 +1,8 @@
 """The exceptions that a user sees as a sentence instead of a traceback."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 # why rows cannot come as a stream: the end of several sentences
 WHY_NOT_STREAMED = (
@@ -37,3 +39,9 @@ def one_line(error: BaseException, most: int = 200) -> str:
     """What a library says of its failure, on one line without the stop at its end; its kind where it says nothing."""
     words = " ".join(str(error).split())[:most].rstrip(".") or type(error).__name__
     return words if words.isprintable() else ascii(words)[1:-1]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; the nearest is …" where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; the nearest is {close[0]}" if close else ""

@@ -3,47 +3,32 @@
 import argparse
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
-from bnf_train import demo, objectives
+from bnf_core import OBJECTIVES
+from bnf_train import cli, demo, objectives
 from bnf_train.config import PRESETS, BNFConfig
-from bnf_train.errors import UsageError
+from bnf_train.errors import UsageError, nearest
+from bnf_train.options import CONFIG, DESCRIPTION, PROG
 
-_DESCRIPTION = (
-    "Align a language model on responses labelled preferred or dispreferred with the BNF loss. "
-    "Without arguments: a tiny embedded model on embedded data, about a minute on a laptop."
-)
+_NO_KEYS = {"config", "help_all"}
 
 
-class _Parser(HfArgumentParser):
-    """Fills a config's fields; what it refuses is one sentence that names the flag and, where one is close, what was meant."""
+class _Parser(cli.Parser, HfArgumentParser):
+    """Fills a config's fields."""
 
-    def error(self, message: str) -> NoReturn:
-        if match := re.match(r"argument (--\w+)[^:]*: (?:invalid (\w+) value: (.*))?(.*)", message):
-            flag, kind, value, other = match.groups()
-            choices = next((a.choices for a in self._actions if flag in a.option_strings), None)
-            wrong = re.match(r"invalid choice: '([^']*)'", other)
-            close = objectives.nearest(wrong[1], map(str, choices)) if wrong and choices else ""
-            message = f"{flag}: expected {kind}, got {value}" if kind else f"{flag}: {other}{close}"
-        raise UsageError(f"{message} (python -m bnf_train --help lists every flag).")
+    help_flag = "--help_all"
 
     def given(self, arguments: Sequence[str]) -> dict[str, Any]:
         """What `arguments` say, without defaults."""
         unset = object()
         blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
-        namespace, unknown = self.parse_known_args(list(arguments), namespace=blank)
-        for argument in unknown:
-            name = argument.split("=")[0]
-            if not name.startswith("--"):
-                self.error(f"{argument}: expected a flag, which begins with --")
-            self.error(f"{name}: no such flag{objectives.nearest(name, self._option_string_actions)}")
-        given = {k: v for k, v in vars(namespace).items() if v is not unset}
+        given = {k: v for k, v in vars(self.read(arguments, blank)).items() if v is not unset}
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):
                 self.error(f"--{name}: expected a number, got {value}")
@@ -55,9 +40,9 @@ class _Parser(HfArgumentParser):
         arguments: list[str] = []
         for key, value in values.items():
             name = str(key).replace("-", "_")
-            if name not in actions or name in ("config", "help"):
-                close = objectives.nearest(name, actions.keys() - {"config", "help"})
-                raise UsageError(f"{path}: unknown key {key}{close} (python -m bnf_train --help lists every flag).")
+            if name not in actions or name in _NO_KEYS:
+                close = nearest(name, actions.keys() - _NO_KEYS)
+                raise UsageError(f"{path}: unknown key {key}{close} ({PROG} {self.help_flag} lists every flag).")
             action = actions[name]
             if value is False and "no" in map(str, action.choices or ()):
                 value = "no"  # YAML reads a bare no as false
@@ -78,16 +63,17 @@ class _Parser(HfArgumentParser):
 
 def parse(arguments: Sequence[str]) -> BNFConfig:
     """Flags to a config. A flag goes before the --config file, that before the model's preset, that before the defaults."""
-    arguments = [_underscored(argument) for argument in arguments]
-    early = _Parser(add_help=False, allow_abbrev=False)
+    flags_only = cli.without_debug(arguments)
+    early = _Parser(add_help=False)
     for name in ("--config", "--objective"):
         early.add_argument(name)
-    first, _ = early.parse_known_args(arguments)
+    first, _ = early.read_known(flags_only)
     in_file = {} if first.config is None else read_yaml(first.config)
+    debug_in_file = in_file.pop("debug") if isinstance(in_file.get("debug"), bool) else False
     chosen = first.objective or str(in_file.get("objective") or BNFConfig.objective)
 
     parser = _parser(chosen)
-    flags = parser.given(arguments)
+    flags = parser.given(flags_only)
     try:
         file = parser.given(parser.arguments_of(in_file, str(first.config)))
     except UsageError as error:
@@ -108,6 +94,7 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
         config = BNFConfig(**{"model": model} | preset | given)
     except (ValueError, TypeError) as error:  # TrainingArguments' own checks
         raise UsageError(str(error)) from error
+    config.tracebacks = debug_in_file or len(flags_only) < len(arguments)
     config.hyperparameters = objectives.defaults(config.objective) | own
     _, pairwise = objectives.resolve(config.objective, config.hyperparameters)  # refuses what the objective does not have
     if config.pairing_ratio < 1 and pairwise:
@@ -119,14 +106,19 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
 
 
 def _parser(objective: str) -> _Parser:
-    parser = _Parser(BNFConfig, prog="python -m bnf_train", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="A YAML file with these flags as keys; a flag goes before it.",
+    """Every flag: TrainingArguments', the project's own, and the objectives'."""
+    parser = _Parser(
+        BNFConfig,
+        prog=PROG,
+        description=DESCRIPTION,
+        epilog="--debug without a value shows the traceback of an error. --help is short: the flags that most runs need.",
+        add_help=False,
     )
-    group = parser.add_argument_group("hyper-parameters of objectives (default)")
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG)
+    parser.add_argument("--help_all", action="help", default=argparse.SUPPRESS, help="Every flag.")
+    group = parser.add_argument_group(
+        "hyper-parameters of objectives (default)", f"Objectives: {', '.join(sorted(OBJECTIVES))}."
+    )
     for name, options in objectives.flags(objectives.find(objective)).items():
         if f"--{name}" in parser._option_string_actions:
             raise UsageError(f"--objective {objective}: --{name} is a flag already; rename that hyper-parameter.")
@@ -154,8 +146,3 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise UsageError(f"{path}, line {key.start_mark.line + 1}: the key {name} stands there a second time.")
         seen.add(name)
     return values
-
-
-def _underscored(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument

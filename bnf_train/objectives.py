@@ -2,28 +2,41 @@
 
 Hyper-parameters are the keyword-only parameters of the function, with its defaults: they are listed nowhere else.
 A function of one's own takes (log_odds, batch), as those of `bnf_core.OBJECTIVES` do, and returns one loss per
-response, or, with the attribute `pairwise = True`, one per pair.
+response, or, with the attribute `pairwise = True`, one per pair. It may say what it is with `bnf_core.objective`; one per
+token, written as the loss of a token, trains in one pass through the head.
 """
 
 import argparse
-import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.hf_argparser import string_to_bool
 
-from bnf_core import OBJECTIVES, PAIRWISE, Objective, TokenBatch
-from bnf_train.errors import UsageError, one_line
+from bnf_core import OBJECTIVES, Objective, ObjectiveSpec, TokenBatch, objective_spec
+from bnf_train.errors import UsageError, nearest, one_line
 
 
-def resolve(name: str, given: Mapping[str, Any]) -> tuple[Objective, bool]:
-    """The objective with its hyper-parameters bound, and whether it has one loss per pair (else one per response).
+class Resolved(NamedTuple):
+    """An objective with its hyper-parameters bound, and whether it has one loss per pair (else one per response)."""
+
+    objective: Objective
+    pairwise: bool
+
+    @property
+    def spec(self) -> ObjectiveSpec:
+        """What it says of itself: per token, response or pair, and whether it needs the reference."""
+        return objective_spec(self.objective)
+
+
+def resolve(name: str, given: Mapping[str, Any]) -> Resolved:
+    """The objective that `--objective name` means with the hyper-parameters `given`, tried on one pair.
 
     Raises:
       UsageError: no such function, a hyper-parameter out of range or missing, or a result of another shape.
@@ -40,7 +53,7 @@ def resolve(name: str, given: Mapping[str, Any]) -> tuple[Objective, bool]:
             raise UsageError(f"--{key} is missing: --objective {name} has no default for it.")
     objective = functools.partial(function, **given) if given else function
     _try(name, objective, pairwise)
-    return objective, pairwise
+    return Resolved(objective, pairwise)
 
 
 @functools.cache  # a user's file is run once
@@ -57,7 +70,8 @@ def find(name: str) -> Objective:
     module = _module(name, module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
-        functions = [k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_")]
+        own = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        functions = [k for k in own if not k.startswith("_")]
         raise UsageError(
             f"--objective {name}: {module_name} has no function {function_name}; it has {', '.join(functions) or 'none'}."
         )
@@ -72,11 +86,16 @@ def find(name: str) -> Objective:
 
 
 def is_pairwise(name: str, function: Objective) -> bool:
-    """One loss per pair: those of `bnf_core.PAIRWISE`, and a user's own with `pairwise = True`."""
-    pairwise = name in PAIRWISE or getattr(function, "pairwise", False)
+    """One loss per pair: as an objective says itself, and a user's own undecorated with `pairwise = True`."""
+    pairwise = getattr(function, "pairwise", False)
     if not isinstance(pairwise, bool):
         raise UsageError(f"--objective {name}: expected its attribute pairwise to be True or False, got {pairwise!r}.")
-    return pairwise
+    return objective_spec(function).per == "pair"
+
+
+def is_per_token(name: str) -> bool:
+    """A token's loss depends on that token alone: one pass of three products through the head, and rows may be cut."""
+    return objective_spec(find(name)).per == "token"
 
 
 def hyperparameters(function: Objective) -> dict[str, inspect.Parameter]:
@@ -106,12 +125,6 @@ def flags(chosen: Objective) -> dict[str, dict[str, Any]]:
     }
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; the nearest is …" where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; the nearest is {close[0]}" if close else ""
-
-
 def _module(name: str, module: str) -> Any:
     try:
         if not module.endswith(".py"):
@@ -134,8 +147,6 @@ def _module(name: str, module: str) -> Any:
 
 def _type_of(parameter: inspect.Parameter) -> Any:
     kind = parameter.annotation if parameter.default is parameter.empty else type(parameter.default)
-    from transformers.hf_argparser import string_to_bool
-
     return {bool: string_to_bool, int: int, str: str}.get(kind, _number)
 
 

@@ -12,13 +12,14 @@ import torch
 import transformers
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
 
 from bnf_core import Objective
-from bnf_train import demo, objectives, report
+from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
 from bnf_train.data import Collator, Row, digest, read_and_tokenize
 from bnf_train.errors import UsageError
-from bnf_train.model.attention import attend_by_response, attention_width
+from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head, can_pack
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.model.lora import add_lora, quantization
@@ -76,9 +77,8 @@ class _Rows:
 def _checkpoint(config: BNFConfig, console: Console) -> Path | None:
     """The checkpoint to go on from; the output folder is new where there is none."""
     output = Path(config.output_dir or "")
-    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if in_use and not resumes(config.resume_from_checkpoint):
-        raise UsageError(f"--output_dir {output}: expected a new or empty folder; remove it or pass another.")
+    if not resumes(config.resume_from_checkpoint):
+        cli.check_new_folder(output)
     with config.main_process_first():
         return checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
 
@@ -141,21 +141,21 @@ def _with_head(
     """The model `name` with the log-odds head, and the collator that it can do with."""
     flag = "--model" if name == config.model else "--ref_model"
     model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config), flag)
-    if config.packing:
-        attend_by_response(model)
     with distributed.gathered(model):
+        if config.packing:
+            attend_varlen(model)
         attach_log_odds_head(model)
         packed = config.packing and can_pack(model)
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
     if config.torch_compile:
-        distributed.compile_layers(model, config.compile_backend, config.torch_compile_mode)
+        distributed.compile_layers(model, config.torch_compile_backend, config.torch_compile_mode)
     return model, Collator(tokenizer.pad_token_id, packed, attention_width(model))
 
 
 def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console: Console) -> None:
     console.print(
-        f"Training {distributed.trained(trainer.model) / 1e6:.1f} M parameters on {config.device.type}, "
+        f"Training {get_model_param_count(trainer.model, trainable_only=True) / 1e6:.1f} M parameters on {config.device.type}, "
         f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
         f"learning rate {config.learning_rate:g}, objective {config.objective}."
     )

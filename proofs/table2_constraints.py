@@ -2,7 +2,8 @@
 
 By differentiating each loss with respect to the two sequence log-likelihoods. Hinges are differentiated on each side of
 their kink. Table 2's single C does not fit SimPO (each side has its own length) nor SLiC-HF (its likelihood term adds
-lambda to C_w): the constraints proved here are the ones with those factors.
+lambda to C_w): the constraints proved here are the ones with those factors. PROOFS says where each objective's constraint is
+proved; those of the losses per token are claims of other files.
 """
 
 from dataclasses import dataclass
@@ -98,10 +99,25 @@ KTO = Objective(
     (beta, lambda_d, lambda_u, z0),
     "one preferred response and one dispreferred, not a pair",
 )
+# c and BNF's weights w are constants of the gradient; one token of each side
+c, w_w, w_l = sp.symbols("c w_w w_l", positive=True)
+CONTRASTIVE = Objective(
+    c * (-w_w * logp_w / len_w + w_l * logp_l / len_l) / 2,
+    c * w_w / (2 * len_w),
+    c * w_l / (2 * len_l),
+    (),
+    "one token of each side, c = 2 sigmoid(beta (r_l - r_w))",
+)
+HERE = CLAIMS | {"kto": [KTO], "bnf_contrastive": [CONTRASTIVE]}
+PROOFS = dict.fromkeys(HERE, "table2_constraints.py") | {
+    "log_likelihood": "a1_nll_derivative.py",  # C = 1
+    "bnf": "t1_mixture.py",  # C = w
+    "bnf_binary": "t2_binary.py",  # the same gradient
+}
 
 
 def main() -> None:
-    for name, cases in [*CLAIMS.items(), ("kto", [KTO])]:
+    for name, cases in HERE.items():
         for case in cases:
             where = f", {case.where}" if case.where else ""
             prove(

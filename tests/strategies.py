@@ -117,6 +117,24 @@ def pair_cases(draw: st.DrawFn, max_pairs: int = 3, max_length: int = 5) -> Pair
     return PairCase(torch.tensor(log_odds, dtype=torch.float64), batch)
 
 
+# hyper-parameters of every objective
+HYPER: dict[str, dict[str, st.SearchStrategy[float]]] = {
+    "bnf": {},
+    "bnf_binary": {},
+    "bnf_contrastive": {"beta": st.floats(0.01, 5)},
+    "dpo": {"beta": st.floats(0.01, 5)},
+    "dpop": {"beta": st.floats(0.01, 1), "lambda_": st.floats(0, 60)},
+    "ipo": {"tau": st.floats(0.01, 5)},
+    "kto": {"beta": st.floats(0.01, 5), "lambda_d": st.floats(0, 2), "lambda_u": st.floats(0, 2), "z0": st.floats(-3, 10)},
+    "log_likelihood": {},
+    "nll_pll": {},
+    "orpo": {"lambda_": st.floats(0, 3)},
+    "r_dpo": {"beta": st.floats(0.01, 5), "alpha": st.floats(-1, 1)},
+    "simpo": {"beta": st.floats(0.1, 10), "gamma": st.floats(-2, 5)},
+    "slic_hf": {"delta": st.floats(-5, 20), "lambda_": st.floats(0, 3)},
+}
+
+
 @st.composite
 def long_responses(draw: st.DrawFn, tokens: int = 1500) -> Responses:
     """One very long response beside a one-token one, over a small vocabulary; policy and reference unrelated."""

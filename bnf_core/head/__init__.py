@@ -32,6 +32,7 @@ from bnf_core.head.autograd import (
 from bnf_core.head.closure import NamedLoss, TokenLoss
 from bnf_core.head.layout import layout
 from bnf_core.head.naive import log_odds_naive, token_log_odds, token_loss_naive
+from bnf_core.head.products import multiplies
 from bnf_core.head.transform import HeadOptions, autocast_dtype, without_autocast
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "head_workspace",
     "linear_log_odds",
     "linear_token_loss",
+    "multiplies",
     "token_log_odds",
 ]
 

@@ -4,12 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from rich.table import Table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich import box
+from rich.table import Table
 
 METRICS = {  # of a response, in the order of figure 3 without its scatter
     "log_likelihood_shift": "log-likelihood shift, nats",
@@ -22,11 +23,8 @@ LABELS = {"preferred": True, "dispreferred": False}
 BINS = 10
 
 
-def table(result: dict[str, Any]) -> "Table":
+def table(result: dict[str, Any]) -> Table:
     """Means, with medians in brackets below; narrow enough for 80 columns."""
-    from rich import box
-    from rich.table import Table
-
     is_greedy = "reference_length" in result
     out = Table(
         title=_title(result),
@@ -92,10 +90,8 @@ def series_of(result: dict[str, Any]) -> list[Series]:
     return found
 
 
-def draw_figure3(result: dict[str, Any]) -> "Figure":
+def draw_figure3(result: dict[str, Any]) -> Figure:
     """Panels a to f: a box a series (quartiles; whiskers from 5 to 95 %) over its responses, and the scatter of a and b."""
-    from matplotlib.figure import Figure
-
     series = series_of(result)
     figure = Figure(figsize=(14, 5.4 + 0.36 * len(series)), layout="constrained")
     grid = figure.subplots(2, 3)
@@ -121,7 +117,7 @@ def draw_figure3(result: dict[str, Any]) -> "Figure":
     return figure
 
 
-def _draw_boxes(axis: "Axes", series: Sequence[Series], kind: str, named: bool) -> None:
+def _draw_boxes(axis: Axes, series: Sequence[Series], kind: str, named: bool) -> None:
     places = [-i for i in range(len(series))]  # the first on top
     boxes = axis.boxplot(
         [one.values[kind] for one in series],
@@ -158,9 +154,7 @@ def _title(result: dict[str, Any]) -> str:
     return f"Shifts from the reference: {responses:,} responses, {result['responses']}"
 
 
-def _legend(figure: "Figure", series: Sequence[Series], columns: int) -> None:
-    from matplotlib.lines import Line2D
-
+def _legend(figure: Figure, series: Sequence[Series], columns: int) -> None:
     handles = [
         Line2D([], [], linestyle="none", marker=one.marker, markersize=9, color=one.color, label=one.name,
                markerfacecolor=one.color if one.filled else "none")
@@ -170,10 +164,8 @@ def _legend(figure: "Figure", series: Sequence[Series], columns: int) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, title=boxes)
 
 
-def draw_figure4(result: dict[str, Any]) -> "Figure":
+def draw_figure4(result: dict[str, Any]) -> Figure:
     """Bars: share of each policy's token shifts in the deciles of one; that one's own are 10 % each, the dashed line."""
-    from matplotlib.figure import Figure
-
     figure4 = result["figure4"]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axis = figure.subplots()

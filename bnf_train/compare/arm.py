@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from bnf_train.config import BNFConfig
-from bnf_train.data import Collator, Response, Row, model_inputs
+from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
+from bnf_train.model.generate import generate
+from bnf_train.model.score import score
 from bnf_train.run import run
 
 GIB = 2**30
@@ -108,30 +110,19 @@ class _Beside(TrainerCallback):
             self.answers = answers(model, processing_class, eval_dataloader.dataset, args, self.measures)
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: BNFConfig, batch_size: int = 8
 ) -> float:
     """exp(mean over tokens of -log pi) of plain texts, each from its own beginning; a text's first token is not predicted."""
     ids: list[list[int]] = [tokenizer(text, truncation=True, max_length=config.max_length)["input_ids"] for text in texts]
-    collator = Collator(int(tokenizer.pad_token_id or 0))
-    training = model.training
-    model.eval()
-    total, tokens = 0.0, 0
-    for start in range(0, len(ids), batch_size):
-        rows = [Row("", [Response(x, 1, True)]) for x in ids[start : start + batch_size] if len(x) > 1]
-        batch = collator(rows)
-        with torch.autocast(config.device.type, torch.bfloat16, enabled=bool(config.bf16)):
-            log_odds, _ = model(**{name: value.to(config.device) for name, value in model_inputs(batch).items()})
-        total -= float(F.logsigmoid(log_odds.double()).sum())
-        tokens += len(log_odds)
-    model.train(training)
-    if not tokens:
+    responses = [Response(x, 1, True) for x in ids if len(x) > 1]
+    if not responses:
         raise UsageError("--probe: expected paragraphs of more than one token.")
-    return float(torch.tensor(total / tokens, dtype=torch.float64).exp())
+    batches = [responses[start : start + batch_size] for start in range(0, len(responses), batch_size)]
+    scored = score(model, batches, Collator(int(tokenizer.pad_token_id or 0)), config.device, _autocast(config))
+    return float((-F.logsigmoid(torch.cat([s.log_odds for s in scored]).double()).mean()).exp())
 
 
-@torch.no_grad()
 def answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], config: BNFConfig, measures: Measures
 ) -> list[dict[str, Any]]:
@@ -141,36 +132,23 @@ def answers(
     if not prompts:
         return []
     longest = max(map(len, prompts))
-    pad = int(tokenizer.pad_token_id or 0)
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=config.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=config.device)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = measures.max_new_tokens if context is None else min(measures.max_new_tokens, context - longest)
     if room < 1:
         raise UsageError(f"--max_length {config.max_length}: a prompt of {longest} tokens leaves no room for an answer.")
-    training, own = model.training, model.generation_config
-    configured = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = {int(end) for end in (*configured, tokenizer.eos_token_id) if end is not None}  # gemma: <end_of_turn>, too
-    model.eval()
-    # in the place of the checkpoint's own, which may sample or penalise repetition
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=pad
-    )
-    with torch.autocast(config.device.type, torch.bfloat16, enabled=bool(config.bf16)):
-        output = model.generate(input_ids=ids, attention_mask=mask)
-    model.generation_config = own
-    model.train(training)
-    result = []
-    for prompt, line in zip(prompts, output[:, longest:].tolist(), strict=True):
-        end = next((k + 1 for k, token in enumerate(line) if token in ends), len(line))
-        result.append(
-            {
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "answer": tokenizer.decode(line[:end], skip_special_tokens=True),
-                "tokens": end,
-            }
-        )
-    return result
+    found = generate(model, tokenizer, prompts, config.device, _autocast(config), max_new_tokens=room)
+    return [
+        {
+            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+            "answer": tokenizer.decode(answer.tokens, skip_special_tokens=True),
+            "tokens": len(answer.tokens),
+        }
+        for prompt, answer in zip(prompts, found, strict=True)
+    ]
+
+
+def _autocast(config: BNFConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.bf16 else None
 
 
 def paragraphs(path: Path) -> list[str]:

@@ -5,47 +5,56 @@ import datetime
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jinja2
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from bnf_train.training.metrics import LABELS, shown
 
 Result = Mapping[str, Any]
-LABELS = ("preferred", "dispreferred")
 
 
-def _last(key: str) -> Callable[[Result], float | None]:
-    return lambda result: result["curve"][-1].get(key)
+class Column(NamedTuple):
+    """Where a column's value is, how it is written, and whether it is in the terminal's table, too."""
+
+    value: Callable[[Result], float | None]
+    form: str
+    brief: bool = False
 
 
 def _mean_length(result: Result) -> float | None:
     return fmean(answer["tokens"] for answer in result["after"]) if result["after"] else None
 
 
-# heading: where its value is, how it is written
-COLUMNS: dict[str, tuple[Callable[[Result], float | None], str]] = {
-    "shift per token, preferred (nats)": (_last("eval_logp_shift_per_token/preferred"), "+.3f"),
-    "shift per token, dispreferred (nats)": (_last("eval_logp_shift_per_token/dispreferred"), "+.3f"),
-    "shift per response, preferred (nats)": (_last("eval_logp_shift/preferred"), "+.1f"),
-    "shift per response, dispreferred (nats)": (_last("eval_logp_shift/dispreferred"), "+.1f"),
-    "pairs with a positive margin": (_last("eval_rewards/accuracies"), ".3f"),
-    "margin (nats, times beta)": (_last("eval_rewards/margins"), ".2f"),
-    "preferred more likely per token": (_last("eval_ranked_right"), ".3f"),
-    "probe perplexity": (_last("probe_perplexity"), ".4g"),
-    "entropy, preferred (nats)": (_last("eval_entropy/preferred"), ".3f"),
-    "answer length (tokens)": (_mean_length, ".0f"),
-    "seconds, evaluations included": (lambda result: result["train_seconds"], ".0f"),
-    "tokens per second": (lambda result: result["tokens_per_second"], ".0f"),
-    "peak memory (GiB)": (lambda result: result["peak_gib"], ".2f"),
+# what is measured of an arm beside its held-out metrics
+OF_ARM = {
+    "answer length (tokens)": Column(_mean_length, ".0f", brief=True),
+    "seconds, evaluations included": Column(lambda result: result["train_seconds"], ".0f"),
+    "tokens per second": Column(lambda result: result["tokens_per_second"], ".0f"),
+    "peak memory (GiB)": Column(lambda result: result["peak_gib"], ".2f"),
 }
-ON_SCREEN = (0, 1, 4, 7, 9)
 START = "before training"
+
+
+def columns() -> dict[str, Column]:
+    """The columns by heading: metrics of the last evaluation, then OF_ARM."""
+
+    def last(key: str) -> Callable[[Result], float | None]:
+        return lambda result: result["curve"][-1].get(key)
+
+    of_evaluation = {
+        heading: Column(last(key), entry.form, entry.brief)
+        for metric, entry in shown("compare")
+        for heading, key in metric.entries(entry)
+    }
+    return of_evaluation | OF_ARM
 
 
 def summaries(results: Iterable[Result]) -> dict[str, dict[str, dict[str, float] | None]]:
@@ -57,7 +66,9 @@ def summaries(results: Iterable[Result]) -> dict[str, dict[str, dict[str, float]
             by_arm.setdefault(START, []).append(_start(result))
     for result in finished:
         by_arm.setdefault(result["name"], []).append(result)
-    return {name: {column: _over(map(at, arm)) for column, (at, _) in COLUMNS.items()} for name, arm in by_arm.items()}
+    return {
+        name: {heading: _over(map(column.value, arm)) for heading, column in columns().items()} for name, arm in by_arm.items()
+    }
 
 
 def _start(result: Result) -> Result:
@@ -91,27 +102,33 @@ def _cell(summary: Mapping[str, float] | None, form: str) -> str:
     return mean if low == high else f"{mean} ({low} … {high})"
 
 
+def _cells(arms: Mapping[str, Any], brief: bool = False) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Headings and, for each arm, its cells: the columns that have values; all those of the short table if `brief`."""
+    names = {
+        name: column.form
+        for name, column in columns().items()
+        if (column.brief if brief else any(arm[name] for arm in arms.values()))
+    }
+    return list(names), [(arm, [_cell(of[name], form) for name, form in names.items()]) for arm, of in arms.items()]
+
+
 def table(results: Sequence[Result]) -> Table:
     """The main columns, for a terminal."""
-    names = [list(COLUMNS)[i] for i in ON_SCREEN]
-    shown = Table(title="Held-out responses after training: mean over seeds (smallest … largest)")
-    shown.add_column("arm", overflow="fold")
-    for name in names:
-        shown.add_column(name, justify="right")
-    for arm, columns in summaries(results).items():
-        shown.add_row(arm, *(_cell(columns[name], COLUMNS[name][1]) for name in names))
-    return shown
+    headings, rows = _cells(summaries(results), brief=True)
+    result = Table(title="Held-out responses after training: mean over seeds (smallest … largest)")
+    result.add_column("arm", overflow="fold")
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for arm, cells in rows:
+        result.add_row(arm, *cells)
+    return result
 
 
 def markdown(results: Sequence[Result]) -> str:
     """All columns that have values, as a Markdown table."""
-    arms = summaries(results)
-    names = [name for name in COLUMNS if any(columns[name] for columns in arms.values())]
-    lines = ["| arm | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    lines += [
-        f"| {_in_table(arm)} | " + " | ".join(_cell(columns[name], COLUMNS[name][1]) for name in names) + " |"
-        for arm, columns in arms.items()
-    ]
+    headings, rows = _cells(summaries(results))
+    lines = ["| arm | " + " | ".join(headings) + " |", "| --- |" + " ---: |" * len(headings)]
+    lines += [f"| {_in_table(arm)} | " + " | ".join(cells) + " |" for arm, cells in rows]
     lines += [
         f"| {_in_table(r['name'])}, seed {r['seed']}: failed | {_in_table(r['failed'])} |" for r in results if "failed" in r
     ]
@@ -149,9 +166,7 @@ def _replace(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def _png(figure: "Figure") -> bytes:
-    from io import BytesIO
-
+def _png(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
@@ -159,17 +174,13 @@ def _png(figure: "Figure") -> bytes:
 
 def _styles(results: Sequence[Result]) -> dict[str, Any]:
     """A colour for each arm."""
-    from matplotlib import colormaps
-
     names = list(dict.fromkeys(result["name"] for result in results))
     palette = colormaps["tab10" if len(names) <= 10 else "turbo"]
     return {name: palette(i if len(names) <= 10 else i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
 
 
-def _curves(results: Sequence[Result]) -> "Figure":
+def _curves(results: Sequence[Result]) -> Figure:
     """Against optimizer steps: held-out shifts a token, and perplexity on the probe; a thin line a seed."""
-    from matplotlib.figure import Figure
-
     figure, colors = Figure(figsize=(14, 4.4), layout="constrained"), _styles(results)
     axes: Sequence[Axes] = figure.subplots(1, 3)
     keys = [f"eval_logp_shift_per_token/{label}" for label in LABELS] + ["probe_perplexity"]
@@ -192,10 +203,8 @@ def _curves(results: Sequence[Result]) -> "Figure":
     return figure
 
 
-def _tradeoff(results: Sequence[Result]) -> "Figure":
+def _tradeoff(results: Sequence[Result]) -> Figure:
     """What was won against what it cost: the held-out margin a token against perplexity on the probe; a point a run."""
-    from matplotlib.figure import Figure
-
     figure, colors = Figure(figsize=(7, 4.8), layout="constrained"), _styles(results)
     axis: Axes = figure.subplots()
     named = set()
@@ -223,11 +232,11 @@ def _page(results: Sequence[Result], arms: Mapping[str, Any], images: Mapping[st
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    names = [name for name in COLUMNS if any(columns[name] for columns in arms.values())]
+    headings, rows = _cells(arms)
     finished = [result for result in results if "failed" not in result]
     return environment.get_template("compare.html.jinja").render(
-        names=names,
-        rows=[(arm, [_cell(columns[name], COLUMNS[name][1]) for name in names]) for arm, columns in arms.items()],
+        names=headings,
+        rows=rows,
         failed=[result for result in results if "failed" in result],
         images={name: base64.b64encode(image).decode() for name, image in images.items()},
         answers=[(f"{r['name']}, seed {r['seed']}", r["after"]) for r in finished if r["after"]],

@@ -1,6 +1,6 @@
 """Rows to batches: read a file, find prompt and response, render with the chat template, select, collate."""
 
-from bnf_train.data.collate import Collator, model_inputs, passes
+from bnf_train.data.collate import Collator, model_inputs, packed, passes
 from bnf_train.data.read import has_splits, read_rows
 from bnf_train.data.rows import Counts, Response, Row
 from bnf_train.data.select import digest, mask_pairs, read_and_tokenize, split_by_prompt
@@ -22,6 +22,7 @@ __all__ = [
     "has_splits",
     "mask_pairs",
     "model_inputs",
+    "packed",
     "passes",
     "read_and_tokenize",
     "read_rows",

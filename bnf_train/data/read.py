@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.parquet
+
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError, one_line
 from bnf_train.hub import load_hub_dataset
 
@@ -149,8 +152,6 @@ def _cell(column: str, text: str) -> Any:
 
 
 def _read_parquet(path: Path) -> list[RawRow]:
-    import pyarrow.parquet
-
     _bytes(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -178,8 +179,6 @@ def _check_columns(names: Iterable[str], source: str) -> None:
 
 def _load_folder(path: Path) -> Any:
     """What `save_to_disk` wrote (a Dataset or a DatasetDict), or a folder of data files as on the hub."""
-    import datasets
-
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     try:
         return datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
@@ -188,8 +187,6 @@ def _load_folder(path: Path) -> Any:
 
 
 def _rows_of_datasets(data: Any, source: str, split: str) -> list[RawRow]:
-    import datasets
-
     if isinstance(data, datasets.DatasetDict):
         name = next((name for name in SPLITS[split] if name in data), None)
         if name is None and split == "train":

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from bnf_train.errors import UsageError, is_out_of_memory, one_line
-from bnf_train.hub import offline_if_unreachable, why_not_fetched
+from bnf_train.hub import reachable, why_not_fetched
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name; padding falls back to the end-of-sequence token."""
     tokenizer: PreTrainedTokenizerBase = from_model(
-        name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), flag, "its tokenizer could"
+        name, AutoTokenizer.from_pretrained, flag, "its tokenizer could", trust_remote_code=trust_remote_code
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from positions, so which token pads does not matter
@@ -28,7 +28,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, flag: str = "--mo
 
 def context_length(name: str, trust_remote_code: bool = False, flag: str = "--model") -> int | None:
     """The longest sequence that a model was made for, in tokens; None where its configuration does not say."""
-    config = from_model(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), flag)
+    config = from_model(name, AutoConfig.from_pretrained, flag, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -51,16 +51,14 @@ def load_model(
         disable_progress_bar()  # of shards being read; a log file wants none
     model, info = from_model(
         name,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            quantization_config=quantization,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # said below
-        ),
+        _load_causal_lm,
         flag,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        quantization_config=quantization,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below
     )
     for key, stored, expected in sorted(info["mismatched_keys"]):
         raise UsageError(
@@ -79,8 +77,14 @@ def load_model(
     return model
 
 
-def from_model(name: str, load: Callable[[], T], flag: str = "--model", could: str = "could") -> T:
-    """What `load` gets from the model folder or hub name that stands at `flag`.
+def _load_causal_lm(name: str, local_files_only: bool, **options: Any) -> Any:
+    """transformers looks for an adapter's configuration, too, and passes local_files_only to that in another place."""
+    own = {"local_files_only": local_files_only}
+    return AutoModelForCausalLM.from_pretrained(name, adapter_kwargs=dict(own), **own, **options)
+
+
+def from_model(name: str, load: Callable[..., T], flag: str = "--model", could: str = "could", **options: Any) -> T:
+    """load(name, **options) for the model folder or hub name that stands at `flag`; from the cache where the hub is away.
 
     Raises:
       UsageError: it cannot be had; one sentence that names the flag and says what to do.
@@ -90,10 +94,8 @@ def from_model(name: str, load: Callable[[], T], flag: str = "--model", could: s
         raise UsageError(f"{flag} {name}: expected a model folder with a config.json, found none.")
     if not local and (name.count("/") > 1 or name.startswith((".", "~"))):
         raise UsageError(f"{flag} {name}: no such folder.")
-    if not local:
-        offline_if_unreachable()
     try:
-        return load()
+        return load(name, local_files_only=not local and not reachable(), **options)
     except Exception as error:  # the libraries raise a dozen unrelated types at a damaged file
         if is_out_of_memory(error):
             raise

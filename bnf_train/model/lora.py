@@ -1,14 +1,21 @@
-"""LoRA and QLoRA through peft: the frozen base is the reference, and only the adapter is trained and saved."""
+"""LoRA and QLoRA through peft: the frozen base is the reference, only the adapter is trained and saved, or merged later."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
 
 from bnf_train.config import BNFConfig
-from bnf_train.errors import UsageError
+from bnf_train.errors import UsageError, is_out_of_memory, one_line
 from bnf_train.model.head import give_log_odds
+from bnf_train.model.load import load_model
 
 
 def quantization(config: BNFConfig) -> Any:
@@ -25,9 +32,6 @@ def quantization(config: BNFConfig) -> Any:
         )
     if not torch.cuda.is_available():
         raise UsageError("--load_in_4bit: bitsandbytes' kernels need a CUDA GPU and none was found; leave it out.")
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
     if not is_bitsandbytes_available():
         raise UsageError("--load_in_4bit: needs bitsandbytes (pip install bitsandbytes), or leave it out.")
     return BitsAndBytesConfig(
@@ -51,8 +55,6 @@ def add_lora(model: PreTrainedModel, config: BNFConfig) -> Any:
     """
     if not config.use_peft:
         return model
-    import peft
-
     whole = set(config.lora_modules_to_save or ())
     tied = _tied(model)
     embeddings = {n.split(".")[-1] for n, m in model.named_modules() if m in _embeddings(model)}
@@ -89,8 +91,8 @@ def add_lora(model: PreTrainedModel, config: BNFConfig) -> Any:
             f"--lora_target_modules {' '.join(targets)}: this model's head is its input embeddings, and a low-rank step of "
             "one of them unties them; name them in --lora_modules_to_save instead, which trains both as one."
         )
-    for copy in getattr(head, "modules_to_save", {}).values():
-        give_log_odds(copy)
+    for copy in getattr(head, "modules_to_save", {}).values():  # of a tied head peft makes a new layer
+        give_log_odds(copy, model)
     return wrapped
 
 
@@ -105,3 +107,51 @@ def _tied(model: PreTrainedModel) -> bool:
 
 def _name(model: PreTrainedModel, module: nn.Module) -> str:
     return next(name.split(".")[-1] for name, m in model.named_modules() if m is module)
+
+
+# --- adapters that were saved -----------------------------------------------------------------------------------------
+
+
+def load_merged(name: str, flag: str, trust_remote_code: bool = False) -> Any:
+    """A model folder, a hub name, or a folder of a LoRA adapter, which is merged into its base model.
+
+    Raises:
+      UsageError: as `load_model`, under the name of `flag`.
+    """
+    base = base_of(name, flag)
+    with errors_about(flag, name, base):
+        model: Any = load_model(base, trust_remote_code)
+    if base == name:
+        return model
+    if not (Path(name) / "adapter_model.safetensors").is_file():
+        raise UsageError(f"{flag} {name}: expected the adapter's weights in adapter_model.safetensors, found none.")
+    try:
+        return peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+    except Exception as error:  # peft and safetensors raise a dozen unrelated types
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(f"{flag} {name}: the adapter does not fit {base} ({one_line(error, 200)}).") from error
+
+
+def base_of(name: str, flag: str) -> str:
+    """The model that an adapter belongs to, from its adapter_config.json; any other name is its own."""
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return name
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise UsageError(f"{flag} {name}: its adapter_config.json names no base_model_name_or_path; put the base model there.")
+    return base
+
+
+@contextmanager
+def errors_about(flag: str, name: str, base: str | None = None) -> Iterator[None]:
+    """Errors under the flag that they are about: what loads models and data knows them as --model and --dataset."""
+    try:
+        yield
+    except UsageError as error:
+        about = "" if base in (None, name) else f"{flag} {name} is an adapter, and its base model: "
+        raise UsageError(about + str(error).replace("--model", flag).replace("--dataset", "--data")) from error

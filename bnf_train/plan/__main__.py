@@ -20,18 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bnf_train import cli
 from bnf_train.errors import UsageError
 
 
 def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The plan's own flags, and what is left for training's."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UsageError(f"{message} (python -m bnf_train.plan --help lists the plan's flags).")
-
-    parser = Parser(prog="python -m bnf_train.plan", allow_abbrev=False, description=(__doc__ or "").partition("\n")[0],
-                    epilog="Every other flag is one of python -m bnf_train.")  # fmt: skip
+    parser = cli.Parser(
+        prog="python -m bnf_train.plan",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Every other flag is one of python -m bnf_train.",
+    )
     numbers: dict[str, tuple[Any, Any, str]] = {
         "utilization": (float, 0.4, "share of the peak that training reaches"),
         "peak_tflops": (float, 312.0, "peak of one GPU in bf16, 10^12 FLOP/s (A100: 312, H100: 989)"),
@@ -41,11 +40,10 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "response_tokens": (int, 400, "tokens of a response, estimated where they cannot be counted"),
     }
     for name, (kind, default, text) in numbers.items():
-        names = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
         more = "" if default is None else f" (default: {default})"
-        parser.add_argument(*names, dest=name, type=kind, default=default, help=text + more)
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text + more)
     parser.add_argument("--json", metavar="FILE", help="write the plan there too, as JSON; - prints JSON only")
-    flags, rest = parser.parse_known_args(list(arguments))
+    flags, rest = parser.read_known(arguments)
     for name in numbers:
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
@@ -55,30 +53,29 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, rest
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _plan(arguments: list[str], failure: cli.Failure) -> None:
+    flags, rest = _flags(arguments)
     from rich.console import Console
 
-    try:
-        flags, rest = _flags(sys.argv[1:] if arguments is None else arguments)
-        from bnf_train.flags import parse  # imports transformers
-        from bnf_train.plan.estimate import plan
-        from bnf_train.plan.table import tables
+    from bnf_train.flags import parse  # imports transformers
+    from bnf_train.plan.estimate import plan
+    from bnf_train.plan.table import tables
 
-        # --rows stands in place of a dataset, and of what the config says when there is none
-        result = plan(parse(rest if flags.rows is None else [*rest, "--dataset", "rows"]), flags)
-        text = json.dumps(result, indent=2) + "\n"
-        if flags.json == "-":
-            print(text, end="")
-            return 0
-        if flags.json:
-            Path(flags.json).write_text(text)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # --rows stands in place of a dataset, and of what the config says when there is none
+    result = plan(parse(rest if flags.rows is None else [*rest, "--dataset", "rows"]), flags)
+    text = json.dumps(result, indent=2) + "\n"
+    if flags.json == "-":
+        print(text, end="")
+        return
+    if flags.json:
+        Path(flags.json).write_text(text)
     console = Console(highlight=False)
     for table in tables(result):
         console.print(table)
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return cli.run(_plan, arguments)
 
 
 if __name__ == "__main__":

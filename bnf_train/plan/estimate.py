@@ -14,6 +14,7 @@ from bnf_train.data import Collator, read_and_tokenize
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attention_width
 from bnf_train.model.load import context_length, load_tokenizer
+from bnf_train.objectives import is_per_token
 from bnf_train.plan.memory import (
     CUDA_CONTEXT,
     autocast_bytes,
@@ -74,7 +75,7 @@ def plan(config: BNFConfig, flags: argparse.Namespace) -> dict[str, Any]:
     flops = {
         "backbone": backbone_flops(size, data.epoch, epochs, checkpointing),
         "attention": attention_flops(size, data.epoch, epochs, checkpointing),
-        "head": head_flops(size, data.epoch, epochs, 3 if config.objective == "bnf" else 4),
+        "head": head_flops(size, data.epoch, epochs, 3 if is_per_token(config.objective) else 4),
         "reference pass": reference_flops(size, data.reference),
     }
     total = sum(flops.values())

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bnf_train.errors import UsageError
-from bnf_train.model.attention import attend_by_response
+from bnf_train.model.attention import attend_varlen
 from bnf_train.model.load import from_model
 
 
@@ -39,15 +39,15 @@ def build(name: str, trust_remote_code: bool, dtype: str = "float32") -> PreTrai
     """
 
     try:
-        config = from_model(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+        config = from_model(name, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     except UsageError as error:
         if Path(name).exists():
             raise
         raise UsageError(f"{str(error)[:-1]}; for a plan a folder with its config.json and --rows are enough.") from error
     kwargs = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     with FakeTensorMode():
-        model: PreTrainedModel = from_model(name, lambda: AutoModelForCausalLM.from_config(config, **kwargs))
-    attend_by_response(model)
+        model: PreTrainedModel = from_model(name, lambda *_, **__: AutoModelForCausalLM.from_config(config, **kwargs))
+        attend_varlen(model)
     return model
 
 

@@ -1,9 +1,6 @@
 """One forward and backward pass on tensors without memory: every allocation and release is counted."""
 
-import contextlib
-import itertools
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
 
+from bnf_train.model.attention import NAME, PackedResponses, attention_of
 from bnf_train.plan.memory import head_bytes
 
 
@@ -25,29 +22,30 @@ class Traced:
     most: int  # at any time, the head's own included
 
 
-def trace(
-    model: PreTrainedModel, batch: dict[str, Tensor], bf16: bool, checkpointing: bool, accumulates: bool = True
-) -> Traced:
+def trace(model: PreTrainedModel, batch: dict[str, Any], bf16: bool, checkpointing: bool, accumulates: bool = True) -> Traced:
     """One forward and backward pass over `batch` without memory: every allocation and release is counted.
 
     Exact for whatever the architecture saves; what kernels use inside is not seen. Of the head it has what
     `linear_bnf_loss` allocates. With `accumulates` gradients of an earlier micro-batch are there already, not counted.
     """
     switch = "enable" if checkpointing else "disable"
-    names = (f"{name}_checkpointing_{switch}" for name in ("activation", "gradient"))
-    getattr(
-        model, next(name for name in names if hasattr(model, name))
-    )()  # named anew in transformers 5.23, where the old name warns
+    # named anew in transformers 5.23, where the old name warns
+    switches = (f"{name}_checkpointing_{switch}" for name in ("activation", "gradient"))
+    getattr(model, next(name for name in switches if hasattr(model, name)))()
     model.train()
     weight: Any = model.get_output_embeddings().weight
-    with _known_lengths(model, batch) as alone, weight.fake_mode, (live := Live()):
-        inputs = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items() if k in INPUTS}
+    names, own = ["input_ids", "attention_mask", "position_ids"], dict[str, Any]()
+    if "attention_mask" in batch and batch["attention_mask"].all():
+        names.remove("attention_mask")  # as transformers does, which reads it
+    if "cu_seq_lens" in batch and attention_of(model) == NAME:
+        names.remove("position_ids")  # from which transformers would make a mask
+        own = {"packed_responses": _Causal(batch["cu_seq_lens"].diff().tolist())}
+    with weight.fake_mode, (live := Live()):
+        inputs = own | {k: torch.empty(batch[k].shape, dtype=batch[k].dtype) for k in names if k in batch}
         places = torch.empty(batch["response_positions"].shape, dtype=torch.long)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if accumulates else None
         live.now = live.most = 0
-        if alone:
-            inputs.pop("attention_mask", None)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
             after_forward = live.now
@@ -60,35 +58,11 @@ def trace(
     return Traced(after_forward, live.most)
 
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+class _Causal(PackedResponses):
+    """A mask without memory has no values to read: none says more than "causal"."""
 
-
-@contextlib.contextmanager
-def _known_lengths(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[bool]:
-    """As `bnf_train.packed_attention`, which reads lengths off a mask: a mask without memory has no values to read.
-
-    Whether responses attend each on its own, so that no mask is needed.
-    """
-    given = model.config._attn_implementation
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    padded = mask is not None and not bool(mask.all())
-    if not given.startswith("sdpa") or padded:
-        model.set_attn_implementation("sdpa" if given.startswith("sdpa") else given)
-        yield False
-        model.set_attn_implementation(given)
-        return
-    length = batch["input_ids"].shape[1]
-    first = [0] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
-    lengths = [end - start for start, end in itertools.pairwise([*first, length])]
-
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
-
-    AttentionInterface.register("sdpa_of_known_lengths", attend)
-    model.set_attn_implementation("sdpa_of_known_lengths")
-    yield True
-    model.set_attn_implementation(given)
+    def blocks(self, mask: Tensor | None) -> list[Tensor | None]:
+        return [None] * len(self.lengths)
 
 
 class _Head(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bnf_train.config import BNFConfig
 from bnf_train.data import Collator, Response, Row, passes
+from bnf_train.objectives import is_per_token
 from bnf_train.plan.size import ModelSize
 
 
@@ -51,7 +52,7 @@ def largest(batches: Iterable[dict[str, Tensor]], config: BNFConfig) -> dict[str
         return batch["input_ids"].numel()
 
     every, most = list(batches), config.tokens_per_pass or math.inf
-    parts = [part for batch in every for part in passes(batch, most, whole_rows=config.objective != "bnf")]
+    parts = [part for batch in every for part in passes(batch, most, whole_rows=not is_per_token(config.objective))]
     return {"cuda": max(every, key=positions), "cpu": max(parts, key=positions)}
 
 
@@ -101,7 +102,7 @@ def attention_flops(size: ModelSize, work: Work, epochs: float, checkpointing: b
 
 
 def head_flops(size: ModelSize, work: Work, epochs: float, products: int) -> float:
-    """2 V d per response token and product: three for BNF (logits, dhidden, dweight), four where backward recomputes."""
+    """2 V d per response token and product: three of a loss per token (logits, dhidden, dweight), else four."""
     return 2 * products * size.head * work.response_tokens * epochs
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bnf_core import bnf_weight
-from bnf_train.data import Collator, Response, Row, model_inputs
+from bnf_train.data import Collator, Response, Row
+from bnf_train.model.score import score
 
 
 @dataclass
@@ -22,7 +23,6 @@ class TokenExample:
     preferred: bool
 
 
-@torch.no_grad()
 def examples(
     model: PreTrainedModel,
     rows: Sequence[Row],
@@ -37,16 +37,13 @@ def examples(
     As many preferred as dispreferred ones as far as there are, spread over the rows; the rows hold reference log-odds,
     the model is on `device`. Every process of a run calls this: the forward of a sharded model needs all of them.
     """
-    was_training = model.training
-    model.eval()
+    chosen = _choose(rows, count)
+    batches = [[response] for response in chosen]  # one at a time: no padding, and memory for one
+    scored = score(model, batches, collator, device, torch.bfloat16 if bf16 else None, cache_weights=False)
     result = []
-    for response in _choose(rows, count):
+    for response, of in zip(chosen, scored, strict=True):
         assert response.ref_log_odds is not None
-        batch = collator([Row("", [response])])  # one at a time: no padding, and memory for one
-        # no cache: each weight is used once, and FSDP2 frees it afterwards
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            log_odds, _ = model(**{name: value.to(device) for name, value in model_inputs(batch).items()})
-        log_odds, ref_log_odds = log_odds.cpu(), response.ref_log_odds
+        log_odds, ref_log_odds = of.log_odds, response.ref_log_odds
         result.append(
             TokenExample(
                 prompt=tokenizer.decode(response.input_ids[: response.prompt_length], skip_special_tokens=True).strip(),
@@ -56,7 +53,6 @@ def examples(
                 preferred=response.preferred,
             )
         )
-    model.train(was_training)
     return result
 
 

@@ -5,25 +5,22 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.figure import Figure
 from rich.table import Table
 
 import bnf_core
 from bnf_train import demo
 from bnf_train.config import BNFConfig
-from bnf_train.report.curves import MAIN_PANELS, draw
+from bnf_train.report.curves import draw, plots
 from bnf_train.report.examples import TokenExample
 from bnf_train.report.html import page
-from bnf_train.training.trainer import LABELS
+from bnf_train.training.metrics import LABELS, Metric, shown
 
-COLUMNS = {
-    "responses": "responses",
-    "log-likelihood shift per token (nats)": "logp_shift_per_token",
-    "mean token weight w": "bnf/weight_mean",
-    "tokens clipped": "bnf/weight_clipped",
-}
-# what every run is described by; of the other flags, those that were changed
+# every run is described by these flags, and by the others that were changed
 MAIN_FLAGS = (
     "model",
     "dataset",
@@ -39,22 +36,32 @@ MAIN_FLAGS = (
     "bf16",
     "seed",
 )
+RUN_TILES = {"step": ("optimizer steps", ",d"), "epoch": ("epochs", ".3g")}
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 def table(held_out: dict[str, float]) -> Table | str:
-    """The held-out result, a line a label."""
+    """The held-out result, a line per label."""
     if not held_out:
         return "No rows were held out, so there is no held-out result (see --eval_size)."
+    rows = list(shown("terminal"))
     result = Table(title="Held-out responses, after against before")
-    for name in ("", *COLUMNS):
-        result.add_column(name, justify="right" if name else "left")
-    for label in LABELS:
-        values = [held_out.get(f"eval_{key}/{label}") for key in COLUMNS.values()]
-        if values[0]:
-            count, shift, weight, clipped = values
-            result.add_row(label, f"{count:.0f}", f"{shift:+.4f}", f"{weight:.4f}", f"{clipped:.1%}")
+    result.add_column("")
+    for _, column in rows:
+        result.add_column(column.name, justify="right")
+    for label in _labels(held_out):
+        result.add_row(label, *(_cell(held_out, metric, label, column.form) for metric, column in rows))
     return result
+
+
+def _labels(held_out: Mapping[str, float]) -> list[str]:
+    """The labels that held-out responses have."""
+    return [label for label in LABELS if held_out.get(f"eval_responses/{label}")]
+
+
+def _cell(held_out: Mapping[str, float], metric: Metric, label: str, form: str) -> str:
+    value = held_out.get(metric.key(label, held_out=True))
+    return "" if value is None else format(value, form)
 
 
 def write(
@@ -68,7 +75,7 @@ def write(
     flags = {k: v for k, v in config.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
     metrics = {"config": flags, "held_out": held_out, "log": history}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    plot(folder / "metrics.png", history)
+    draw_main(folder / "metrics.png", history)
 
     result, settings = _result(held_out), _settings(config, flags)
     versions = _versions(folder)
@@ -86,13 +93,12 @@ def write(
     _write_card(folder, config, held_out, result, settings, versions, len(examples))
 
 
-def plot(path: Path, history: list[dict[str, Any]]) -> None:
+def draw_main(path: Path, history: list[dict[str, Any]]) -> None:
     """Loss, token weights, and held-out shifts against optimizer steps."""
-    from matplotlib.figure import Figure
-
+    main = [plot for plot in plots() if plot.panel.main]
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    for axis, panel in zip(figure.subplots(1, len(MAIN_PANELS)), MAIN_PANELS, strict=True):
-        draw(axis, panel, history)
+    for axis, plot in zip(figure.subplots(1, len(main)), main, strict=True):
+        draw(axis, plot, history)
     figure.savefig(path, dpi=120)
 
 
@@ -105,8 +111,6 @@ def _write_card(
     versions: Mapping[str, str],
     examples: int,
 ) -> None:
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
     # the hub links base model and data by name, so that a local path would be a broken link
     on_hub = {name: None if name is None or Path(name).exists() else name for name in (config.model, config.dataset)}
     hub_dataset = on_hub[config.dataset]
@@ -122,13 +126,13 @@ def _write_card(
                 task_type="text-generation",
                 dataset_type=hub_dataset or "local",
                 dataset_name=_name(config.dataset),
-                metric_type=key,
-                metric_name=f"{name}, {label}",
-                metric_value=held_out[f"eval_{key}/{label}"],
+                metric_type=metric.name.removesuffix("/{label}"),
+                metric_name=f"{column.name}, {label}" if label else column.name,
+                metric_value=held_out[metric.key(label, held_out=True)],
             )
-            for name, key in COLUMNS.items()
-            for label in LABELS
-            if f"eval_{key}/{label}" in held_out
+            for metric, column in shown("terminal")
+            for label in metric.labels
+            if metric.key(label, held_out=True) in held_out
         ]
         or None,
     )
@@ -148,43 +152,35 @@ def _write_card(
 
 
 def _result(held_out: Mapping[str, float]) -> dict[str, list[str]]:
-    """The held-out table with a column a label, which is what fits a phone; {} without held-out rows."""
-    labels = [label for label in LABELS if held_out.get(f"eval_responses/{label}")]
+    """The held-out table with a column per label, which is what fits a phone; {} without held-out rows."""
+    labels = _labels(held_out)
     if not labels:
         return {}
-
-    def row(key: str, form: str) -> list[str]:
-        return [format(held_out[f"eval_{key}/{label}"], form) for label in labels]
-
-    before = [held_out[f"eval_logp_per_token/{x}"] - held_out[f"eval_logp_shift_per_token/{x}"] for x in labels]
-    return {
-        "label": labels,
-        "responses": row("responses", ",.0f"),
-        "tokens": row("tokens", ",.0f"),
-        "nats per token, before": [f"{x:.4f}" for x in before],
-        "nats per token, after": row("logp_per_token", ".4f"),
-        "shift, nats per token": row("logp_shift_per_token", "+.4f"),
-        "mean token weight w": row("bnf/weight_mean", ".4f"),
-        "tokens clipped (above π_ref)": row("bnf/weight_clipped", ".1%"),
-    }
+    result = {"label": labels}
+    for metric, row in shown("result"):
+        if metric.name == "logp_per_token/{label}":  # before = after - shift
+            after, shift = (
+                [held_out[f"eval_{name}/{x}"] for x in labels] for name in ("logp_per_token", "logp_shift_per_token")
+            )
+            result["nats per token, before"] = [f"{x - y:.4f}" for x, y in zip(after, shift, strict=True)]
+        result[row.name] = [_cell(held_out, metric, label, row.form) for label in labels]
+    return result
 
 
 def _tiles(history: Sequence[Mapping[str, Any]], held_out: Mapping[str, float]) -> dict[str, str]:
     """The numbers that one looks for first, as far as the run has them."""
     last = {key: value for log in history for key, value in log.items()}
-    tiles = {}
-    for label in LABELS:
-        if f"eval_logp_shift_per_token/{label}" in held_out:
-            tiles[f"held-out shift, {label}, nats per token"] = f"{held_out[f'eval_logp_shift_per_token/{label}']:+.3f}"
-    speeds = [log["tokens_per_second"] for log in history if "tokens_per_second" in log]
-    shown = {
-        "held-out reward accuracy": (held_out.get("eval_rewards/accuracies"), ".1%"),
-        "optimizer steps": (last.get("step"), ",d"),
-        "epochs": (last.get("epoch"), ".3g"),
-        "training tokens per second": (sorted(speeds)[len(speeds) // 2] if speeds else None, ",.0f"),
-        "minutes of training": (last["train_runtime"] / 60 if "train_runtime" in last else None, ",.1f"),
-    }
-    return tiles | {name: format(value, form) for name, (value, form) in shown.items() if value is not None}
+    of_evaluation, of_training = {}, {}
+    for metric, tile in shown("tile"):
+        for name, key in metric.entries(tile):
+            logged = [log[key] for log in history if key in log]
+            if metric.held_out and key in held_out:
+                of_evaluation[name] = format(held_out[key], tile.form)
+            elif not metric.held_out and logged:
+                of_training[name] = format(median_high(logged), tile.form)
+    steps = {name: format(last[key], form) for key, (name, form) in RUN_TILES.items() if key in last}
+    minutes = {"minutes of training": format(last["train_runtime"] / 60, ",.1f")} if "train_runtime" in last else {}
+    return of_evaluation | steps | of_training | minutes
 
 
 def _settings(config: BNFConfig, flags: Mapping[str, Any]) -> dict[str, Any]:

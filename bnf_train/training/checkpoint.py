@@ -1,8 +1,8 @@
 """Checkpoint folders that are complete or do not count, and the state in them without pickle.
 
-A checkpoint is written inside the folder PARTIAL. When all of it is there, its files are listed with their sizes and
-digests in MANIFEST, flushed to the disk, and one rename gives the folder its name. So a folder named checkpoint-N is
-whole whenever the process was killed, and the manifest tells it from one that was damaged later.
+A checkpoint is written inside the folder PARTIAL. When all files are there, MANIFEST lists their sizes and digests, all of
+them are flushed to disk, and one rename gives the folder its name. So a folder named checkpoint-N is complete, whenever
+the process was killed; the manifest shows damage that was done later.
 """
 
 import errno
@@ -28,7 +28,7 @@ from bnf_train.errors import UsageError
 PARTIAL = ".checkpoint-partial"
 MANIFEST = "complete.json"
 ARGUMENTS = "training_args.json"
-# flags that a resumed run shares with the run that it goes on with; --max_steps and epochs may grow
+# flags that must be the same in a resumed run; --max_steps and epochs may grow
 SAME = (
     "objective",
     "hyperparameters",
@@ -36,11 +36,11 @@ SAME = (
     "data_seed",
     "batch_size",  # of the step, not of a process: there may be more or fewer of them
     "optim",
-    "learning_rate",  # optimizer and schedule come from the checkpoint, so another one would go unheard
+    "learning_rate",  # optimizer and schedule come from the checkpoint, so another value would have no effect
     "lr_scheduler_type",
     "weight_decay",
     "use_peft",
-    "rows_digest",  # last: another seed holds other rows out
+    "rows_digest",  # checked last: another seed changes it, too
 )
 LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a folder
 
@@ -49,14 +49,14 @@ LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a 
 
 
 def write_state(path: Path, state: Any) -> None:
-    """`state` as one safetensors file: its tensors, and the nest around them as JSON in the metadata.
+    """`state` as one safetensors file: its tensors, and the containers around them as JSON in the metadata.
 
     Raises:
       TypeError: something in it is neither a tensor, an array, a container nor a JSON scalar.
     """
     tensors: dict[str, Tensor] = {}
-    nest = json.dumps(_split(state, tensors))
-    save_file(tensors, path, metadata={"state": nest})
+    containers = json.dumps(_split(state, tensors))
+    save_file(tensors, path, metadata={"state": containers})
 
 
 def read_state(path: Path) -> Any:
@@ -101,18 +101,18 @@ def _join(node: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def seal(written: Path, final: Path) -> None:
-    """Let `written`, all of whose files are there, become the checkpoint `final`."""
+    """Makes `written`, a folder with all its files, the checkpoint `final`."""
     (written / MANIFEST).write_text(json.dumps(_digests(written), indent=2) + "\n")
     for path in [*written.rglob("*"), written]:
         _flush(path)
-    if final.exists():  # an earlier run got as far, and this one went on from before it
+    if final.exists():  # of an earlier run; this one resumed from a checkpoint before it
         shutil.rmtree(final)
     written.rename(final)
     _flush(final.parent)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None where it is as it was written."""
+    """What is wrong with a checkpoint, in a few words; None if it is as it was written."""
     try:
         expected = json.loads((folder / MANIFEST).read_text())
         wrong = next((name for name, size in expected.items() if not _has_size(folder / name, size[0])), None)
@@ -125,12 +125,12 @@ def damage(folder: Path) -> str | None:
 
 
 def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], Any], main_process: bool = True) -> Path | None:
-    """The checkpoint to go on from, None where training starts from the beginning.
+    """The checkpoint to resume from; None if training starts from the beginning.
 
     Args:
       argument: --resume_from_checkpoint: a checkpoint, or True (auto, last) for the last complete one of `output`.
-      say: takes a line for the user.
-      main_process: the one that verifies, and moves what is damaged out of the way; to be called before the others.
+      say: prints a line for the user.
+      main_process: whether this process verifies checkpoints, and renames damaged ones; it must call this before the others.
 
     Raises:
       UsageError: the named checkpoint is damaged, or `output` has no checkpoint but something else in it.
@@ -167,14 +167,14 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
 
 
 def check_same_run(folder: Path, arguments: Mapping[str, Any]) -> None:
-    """A resumed run goes on where it was only with the same rows in the same batches, objective and optimizer.
+    """Refuses to resume with other rows, batches, objective or optimizer: that would be another run.
 
     Raises:
-      UsageError: one of SAME is another than when the checkpoint `folder` was written.
+      UsageError: one of SAME has another value than when the checkpoint `folder` was written.
     """
     try:
         then = json.loads((folder / ARGUMENTS).read_text())
-    except (OSError, ValueError):  # of another trainer
+    except (OSError, ValueError):  # written by another trainer
         return
     for name in SAME:
         before, now = then.get(name), arguments.get(name)
@@ -195,11 +195,11 @@ def checkpoints(output: Path) -> list[Path]:
 
 @contextmanager
 def naming_a_full_disk(output: Path) -> Iterator[None]:
-    """Turn the many errors of a full disk into one sentence that says what is still there."""
+    """Turns the many errors of a full disk into one sentence that says which checkpoint is left."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(output / PARTIAL, ignore_errors=True)  # half a checkpoint is of no use, and room may be
+        shutil.rmtree(output / PARTIAL, ignore_errors=True)  # an unfinished checkpoint is useless and takes up space
         if not _is_full(error):
             raise
         kept = checkpoints(output)
@@ -211,7 +211,7 @@ def naming_a_full_disk(output: Path) -> Iterator[None]:
 
 
 def _is_full(error: BaseException) -> bool:
-    """errno where there is one; safetensors gives the number in its text; torch.save and json chain the first error."""
+    """Python has an errno, safetensors only a number in its message; torch.save and json chain the first error."""
     seen: BaseException | None = error
     while seen is not None:
         text = str(seen)
@@ -224,7 +224,7 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _before_the_first(path: Path) -> bool:
-    """What a run may have left in its output folder before its first checkpoint: hidden files, trackers' logs."""
+    """Whether a run may have left this in its output folder before its first checkpoint: hidden files, trackers' logs."""
     return path.name.startswith((".", "damaged-checkpoint-")) or (path.name == "runs" and path.is_dir())
 
 
@@ -235,7 +235,7 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
         with path.open("rb") as file:
             return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
-    with ThreadPoolExecutor() as pool:  # hashing and reading let the interpreter go
+    with ThreadPoolExecutor() as pool:  # hashing and reading release the GIL
         return {str(p.relative_to(folder)): d for p, d in zip(paths, pool.map(digest, paths), strict=True)}
 
 

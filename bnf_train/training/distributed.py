@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -38,8 +39,6 @@ def keep_float32(accelerator: Accelerator) -> None:
         return
     fsdp, deepspeed = (getattr(accelerator.state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
     if fsdp is not None and fsdp.fsdp_version == 2:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
         fsdp.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if deepspeed is not None:
         deepspeed.deepspeed_config["bf16"] = {"enabled": False}
@@ -107,11 +106,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
         yield
-
-
-def trained(model: nn.Module) -> int:
-    """How many numbers are trained, over all processes: ZeRO-3 leaves empty tensors where weights were."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def compile_layers(model: PreTrainedModel, backend: str, mode: str | None) -> None:

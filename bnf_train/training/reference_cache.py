@@ -27,14 +27,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import bnf_core
-from bnf_train.data import Collator, Response, Row, model_inputs
+from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
+from bnf_train.model.attention import attention_of
 from bnf_train.model.load import load_tokenizer
+from bnf_train.model.score import score
 
 TENSOR = "log_odds"
 
 
-@torch.no_grad()
 def add_ref_log_odds(
     model: PreTrainedModel,
     rows: Sequence[Row],
@@ -133,28 +134,26 @@ def _reference_pass(
     progress: bool,
 ) -> Tensor:
     """Log-odds of all response tokens, one response behind the other, in every process."""
-    values = torch.zeros(sum(r.tokens for r in responses))
     batches = _batches(responses, batch_size)
     rank, processes = _place()
-    training = model.training
-    model.to(device).eval()
-    bar = tqdm(total=len(values), desc="reference log-odds", unit=" tokens", disable=not progress or rank > 0)
-    end = 0
+    mine = batches[rank::processes]
+    total = sum(_tokens(batch) for batch in mine)  # others' shares are about as large
+    with tqdm(total=total, desc="reference log-odds", unit=" tokens", disable=not progress or rank > 0) as bar:
+        scored = score(model.to(device), mine, collator, device, autocast, done=lambda batch: bar.update(_tokens(batch)))
+    values, place, own = torch.zeros(_tokens(responses)), 0, iter(scored)
     for number, batch in enumerate(batches):
-        start, end = end, end + sum(r.tokens for r in batch)
         if number % processes == rank:
-            inputs = model_inputs(collator([Row("", [response]) for response in batch]))
-            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=bool(autocast)):
-                log_odds, _ = model(**{name: value.to(device) for name, value in inputs.items()})
-            values[start:end] = log_odds.float().cpu()
-        bar.update(end - start)  # others' batches of about the same size pass meanwhile
-    bar.close()
-    model.train(training)
+            values[place : place + _tokens(batch)] = torch.cat([next(own).log_odds for _ in batch])
+        place += _tokens(batch)
     if processes > 1:
         everyone = values.to(device)
         dist.all_reduce(everyone)  # exact: all but one process hold zeros
         values = everyone.cpu()
     return values
+
+
+def _tokens(responses: Iterable[Response]) -> int:
+    return sum(r.tokens for r in responses)
 
 
 def _place() -> tuple[int, int]:
@@ -199,7 +198,7 @@ def _manifest(
         "dtype": str(model.get_output_embeddings().weight.dtype),
         "autocast": str(autocast or None),
         "float32_products": [b.matmul.fp32_precision for b in (torch.backends.cuda, torch.backends.mkldnn)],
-        "attention": str(model.config._attn_implementation),
+        "attention": attention_of(model),
         "head": "linear_log_odds",
         "packed": collator.packed,
         "compiled": any(module._compiled_call_impl is not None for module in model.modules()),

@@ -1,7 +1,13 @@
-"""Endurance: a run that is killed, interrupted, out of disk or fed a NaN loses nothing that a checkpoint had.
+"""Resuming: a run that is killed, interrupted, out of disk or fed a NaN loses nothing that a checkpoint had.
 
-`EnduringTrainer` is transformers.Trainer with checkpoints of `bnf_train.checkpoint`, exact resuming, SIGTERM and SIGINT
-that save and stop, and a stop before a loss or gradient that is no number reaches the weights.
+transformers.Trainer saves and resumes, too. What it lacks, and `ResumeMixin` adds:
+
+- a checkpoint that is complete or does not count (`bnf_train.training.checkpoint`), also while old ones are deleted;
+- state without pickle;
+- a resumed run has the weights of an undisturbed one, bitwise, also where it had finished or evaluates at other steps;
+- SIGTERM and SIGINT stop all processes after the micro-batch at work, with an exact checkpoint. Trainer's own
+  --enable_jit_checkpoint knows SIGTERM alone, waits for the end of the optimizer step, and stores its random numbers late;
+- a non-finite loss or gradient stops the run before it reaches the weights, and names the rows.
 """
 
 import math
@@ -12,12 +18,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from bnf_train.errors import Interrupted, UsageError
@@ -25,18 +31,23 @@ from bnf_train.training.checkpoint import ARGUMENTS, PARTIAL, checkpoints, namin
 
 RNG, OPTIMIZER, SCHEDULER, SCALER = (f"{name}.safetensors" for name in ("rng_state", "optimizer", "scheduler", "scaler"))
 
+if TYPE_CHECKING:  # what `self` and `super()` are, once the mixin stands before Trainer among a class's bases
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
-class EnduringTrainer(Trainer):
-    """transformers.Trainer that can be killed at any moment and, resumed, ends with the same weights.
+
+class ResumeMixin(_Trainer):
+    """For a subclass of transformers.Trainer: it can be killed at any moment and, resumed, ends with the same weights.
 
     Optimizer, scheduler, scaler and random numbers are stored as safetensors. Optimizers that FSDP or DeepSpeed shard, or
-    whose moments are tensors of a kind of their own (torchao), keep transformers' format, read by
-    torch.load(weights_only=True): that builds tensors and containers of known kinds and runs nothing else.
+    whose moments are tensor subclasses (torchao), keep transformers' format, read by torch.load(weights_only=True): that
+    builds tensors and containers of known kinds and runs nothing else.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._partial: Path | None = None  # while a checkpoint is being written
+        self._partial: Path | None = None  # the folder PARTIAL while a checkpoint is being written
         self._step_inputs: list[dict[str, Any]] = []  # micro-batches since the last optimizer step
         self.stop_on_signal = StopOnSignal(self)
         self.add_callback(self.stop_on_signal)
@@ -45,7 +56,7 @@ class EnduringTrainer(Trainer):
         with self.stop_on_signal.listening():
             result = super().train(*args, **kwargs)
         if self.stop_on_signal.received is not None:
-            raise Interrupted(self.stop_on_signal.received, self._how_to_go_on())
+            raise Interrupted(self.stop_on_signal.received, self._how_to_resume())
         if not all(p.sum().isfinite() or p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
             raise UsageError(
                 f"step {self.state.global_step}: after this last step the weights are no finite numbers, so the model is not "
@@ -53,14 +64,14 @@ class EnduringTrainer(Trainer):
             )
         return result
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         kept = checkpoints(Path(self.args.output_dir))
         if not kept:
             return "no optimizer step was finished, so there is nothing to save: run the same command again."
         return f"saved {kept[-1]}; the same command with --resume_from_checkpoint True goes on from there."
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed when all was done: Trainer would add a step
+        if self.state.global_step >= self.state.max_steps:  # a finished run, resumed within an epoch: Trainer adds a step
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -129,7 +140,7 @@ class EnduringTrainer(Trainer):
             write_state(Path(output_dir) / SCHEDULER, self.lr_scheduler.state_dict())
             try:
                 write_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
-            except TypeError:  # tensors of a kind of their own, as torchao's 8-bit moments
+            except TypeError:  # tensor subclasses, as torchao's 8-bit moments
                 super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -158,24 +169,24 @@ class EnduringTrainer(Trainer):
         if checkpoint is not None and (path := self._rng_file(checkpoint)).is_file():  # absent: other number of processes
             set_rng_state(read_state(path))
 
-    # --- numbers that are none -----------------------------------------------------------------------------------------
+    # --- non-finite losses and gradients -------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._step_inputs.append(inputs)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
-            raise self._not_a_number("loss", self._rows_without_loss(inputs))
+            raise self._non_finite("loss", self._rows_with_non_finite_loss(inputs))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.scaler is not None  # float16: the scaler skips such a step and lowers its factor
         if norm is not None and not scaled and not math.isfinite(float(norm)):
-            raise self._not_a_number("gradient", self._rows_without_gradient())
+            raise self._non_finite("gradient", self._rows_with_non_finite_gradient())
         self._step_inputs.clear()
         return norm
 
-    def _not_a_number(self, what: str, rows: list[int]) -> UsageError:
+    def _non_finite(self, what: str, rows: list[int]) -> UsageError:
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         kept = checkpoints(Path(self.args.output_dir))
         return UsageError(
@@ -185,18 +196,18 @@ class EnduringTrainer(Trainer):
             + "; look at these rows, or lower --learning_rate."
         )
 
-    def _rows_without_loss(self, inputs: dict[str, Any]) -> list[int]:
-        """Row numbers of the responses whose own loss is no number; all of the micro-batch where that cannot be told."""
+    def _rows_with_non_finite_loss(self, inputs: dict[str, Any]) -> list[int]:
+        """Row numbers of the responses whose own loss is non-finite; all of the micro-batch where that cannot be told."""
         numbers = inputs["number"]
         if not self._sharded():
             with torch.no_grad(), self.compute_loss_context_manager():
-                _, sums = self.compute_loss(self.model, inputs, return_outputs=True)
-            bad = ~sums.isfinite().all(dim=1)
+                _, responses = self.compute_loss(self.model, inputs, return_outputs=True)
+            bad = ~responses.sums.isfinite().all(dim=1)
             numbers = numbers[bad] if bad.any() else numbers
         return sorted(set(numbers.tolist()))
 
-    def _rows_without_gradient(self) -> list[int]:
-        """Row numbers of the micro-batches whose own gradient is no number; all of the step where that cannot be told."""
+    def _rows_with_non_finite_gradient(self) -> list[int]:
+        """Row numbers of the micro-batches whose own gradient is non-finite; all of the step where that cannot be told."""
         bad = self._step_inputs
         if self.accelerator.num_processes == 1:
             bad = [inputs for inputs in self._step_inputs if not self._gradient_is_finite(inputs)] or bad
@@ -210,21 +221,22 @@ class EnduringTrainer(Trainer):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, or SIGINT once, stops after the micro-batch at work, with a checkpoint of the last finished step.
+    """On SIGTERM or SIGINT, stops after the current micro-batch, with a checkpoint of the last finished optimizer step.
 
-    A step of 128 rows may take longer than the half minute that schedulers grant. Between two steps only gradients and
-    random numbers change: the first are computed again, the second are kept from the end of the last step.
+    An optimizer step of 128 rows may take longer than the half minute that schedulers grant. Between two of them only
+    gradients and random numbers change. The resumed run computes the gradients again; the random state is kept from the end
+    of the last step.
     """
 
-    def __init__(self, trainer: EnduringTrainer) -> None:
+    def __init__(self, trainer: ResumeMixin) -> None:
         self.trainer = trainer
         self.received: int | None = None
-        self.rng_at_step: Any = None  # set where the checkpoint is written in the middle of a step
+        self.rng_at_step: Any = None  # set where the checkpoint is written within an optimizer step
         self._rng_of_last_step: Any = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle signals inside; a second one does what it does without us."""
+        """Handles signals inside. A second signal does what it does without this."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -244,7 +256,7 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _stopping(self) -> bool:
-        """Whether any process was told to stop: they stop together."""
+        """Whether any process got a signal: all of them stop together."""
         if self.trainer.args.world_size > 1:
             told = torch.tensor(self.received or 0, device=self.trainer.args.device)
             self.received = int(self.trainer.accelerator.gather(told.unsqueeze(0)).max()) or None

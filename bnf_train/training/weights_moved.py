@@ -1,4 +1,4 @@
-"""Did the optimizer's step survive rounding? Measured once, early in a run, on a sample of the weights."""
+"""Whether the optimizer's steps are lost to rounding: measured once, early in a run, on a sample of the weights."""
 
 import logging
 from typing import Any
@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-SAMPLE = 256  # elements of each tensor: the whole costs less than a millisecond
-LOST = 0.5  # below this share of moved weights, a warning
+SAMPLE = 256  # elements of each tensor; measuring them takes less than a millisecond
+LOST = 0.5  # warn below this share of moved weights
 
 
 class WeightsMoved(TrainerCallback):
-    """Measures `bnf/weights_moved`: the share of weights with a gradient that differ after a step, and warns where it is low.
+    """Measures `bnf/weights_moved`, the share of the weights with a gradient that a step changes, and warns if it is low.
 
-    AdamW moves a weight by about the learning rate. In bf16 a weight of 0.02 has its neighbours 1.2e-4 away, so at 5e-7
-    the step is rounded away; in float32 they are 1.9e-9 away. The step measured is the first one whose learning rate
-    is at least a tenth of its peak: warm-up begins at zero, where nothing can move. `take` hands the number to the next
-    log: `trainer.log` from inside a callback would cancel the log that is due at the same step.
+    AdamW moves a weight by about the learning rate. In bf16 the numbers next to 0.02 are 1.2e-4 away, so a step of 5e-7 is
+    rounded away; in float32 they are 1.9e-9 away. Measured is the first step whose learning rate is at least a tenth of its
+    peak: warm-up begins at zero, where nothing can move. `take` gives the number to the trainer's next log: calling
+    `trainer.log` in a callback would cancel the log that is due at the same step.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class WeightsMoved(TrainerCallback):
             self._has_gradient = [None] * len(self._before)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        if self._before is not None:  # under ZeRO gradients are not here, and every weight counts
+        if self._before is not None:  # under ZeRO they have no .grad, and every weight counts
             self._has_gradient = [None if p.grad is None else _sample(p.grad) != 0 for p in _trained(model)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ class WeightsMoved(TrainerCallback):
             )
 
     def _share(self, parameters: list[nn.Parameter]) -> float | None:
-        """Moved weights / weights with a gradient, each tensor's sample standing for all of its elements."""
+        """Moved weights / weights with a gradient; each tensor's sample stands for all of its elements."""
         assert self._before is not None
         moved, total = 0.0, 0.0
         for p, before, counted in zip(parameters, self._before, self._has_gradient, strict=True):
@@ -76,7 +76,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, its shard (FSDP2), its partition (ZeRO-3)."""
+    """The part of a tensor that this process holds: all of it, its shard (FSDP2) or its partition (ZeRO-3)."""
     tensor = getattr(tensor, "ds_tensor", tensor)
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return tensor.detach()

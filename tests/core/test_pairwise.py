@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from implementations import available
-from strategies import PairCase, pair_cases
+from strategies import HYPER, PairCase, pair_cases
 from tolerances import assert_close, scale
 from torch import Tensor
 
@@ -28,19 +28,9 @@ from bnf_core import (
     token_log_odds,
 )
 from bnf_core.head import IMPLEMENTATIONS
-from bnf_core.objectives.pairwise import log1mexp
+from bnf_core.objectives.margin import log1mexp
 
-HYPER: dict[str, dict[str, st.SearchStrategy[float]]] = {
-    "nll_pll": {},
-    "slic_hf": {"delta": st.floats(-5, 20), "lambda_": st.floats(0, 3)},
-    "dpo": {"beta": st.floats(0.01, 5)},
-    "ipo": {"tau": st.floats(0.01, 5)},
-    "simpo": {"beta": st.floats(0.1, 10), "gamma": st.floats(-2, 5)},
-    "r_dpo": {"beta": st.floats(0.01, 5), "alpha": st.floats(-1, 1)},
-    "orpo": {"lambda_": st.floats(0, 3)},
-    "dpop": {"beta": st.floats(0.01, 1), "lambda_": st.floats(0, 60)},
-}
-every_constraint = pytest.mark.parametrize("name", HYPER)
+every_constraint = pytest.mark.parametrize("name", constraints.CONSTRAINTS)
 
 
 def draw_hyper(data: st.DataObject, name: str) -> dict[str, float]:

@@ -7,8 +7,9 @@ import os
 
 os.environ["TQDM_DISABLE"] = "1"
 
-import bnf_train.trainer  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 from matplotlib.figure import Figure
+
+import bnf_train.training.trainer  # noqa: F401
 
 Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]  # rendering takes longer than a run

@@ -16,8 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bnf_train.analyze import __main__ as analyze
 from bnf_train.analyze import figures as analyze_figures
+from bnf_train.analyze import run as analyze_run
+from bnf_train.analyze.figures import METRICS
+from bnf_train.analyze.shifts import Sample, scores, shifts
 from bnf_train.data import Response
 from bnf_train.model.head import attach_log_odds_head
+from bnf_train.model.lora import load_merged
 
 Write = Callable[..., Path]
 
@@ -68,7 +72,7 @@ def test_a_policy_that_is_its_reference_has_not_moved(model_folder: Path, write_
     each = result["policies"]["tiny"]["responses"]
     assert each["preferred"] == [True, False] * 8
     assert each["row"] == [1 + i // 2 for i in range(16)]
-    for metric in analyze.METRICS:
+    for metric in METRICS:
         assert each[metric] == [0] * 16
     assert result["figure4"]["edges"] == [0] * 9
     assert result["figure4"]["shares"]["tiny"] == pytest.approx([0.1] * 10)
@@ -89,7 +93,7 @@ def test_shifts_are_those_of_full_logits(
         n = len(shift)
         difference = (distance.unsqueeze(0) - distance.unsqueeze(1)).abs().sum() / (2 * n * distance.sum())
         expected = (shift.sum(), distance.sum(), shift.mean(), distance.mean(), difference)
-        assert [each[m][i] for m in analyze.METRICS] == pytest.approx([x.item() for x in expected], rel=1e-3, abs=1e-4)
+        assert [each[m][i] for m in METRICS] == pytest.approx([x.item() for x in expected], rel=1e-3, abs=1e-4)
         assert (each["tokens"][i], each["preferred"][i], each["row"][i]) == (n, row["label"], i + 1)
     assert max(map(abs, all_shifts)) > 0.05
     assert result["figure4"]["edges"] == pytest.approx(np.quantile(all_shifts, [k / 10 for k in range(1, 10)]), abs=1e-4)
@@ -105,18 +109,17 @@ def _label(preferred: bool) -> str:
 
 
 def test_token_shifts_are_those_of_full_logits(model_folder: Path, policy: Path, tokenizer: Any) -> None:
-    setting = analyze.Setting(tokenizer, torch.device("cpu"), False, 2, 8, False)
     texts = [("a", "bcd"), ("one two", "three"), ("x", "y")]
     responses = [Response(*prompt_and_response(tokenizer, *text), True) for text in texts]
-    sample = analyze.Sample(responses, [1, 2, 3])
-    scores, expected = [], []
+    sample = Sample(responses, [1, 2, 3])
+    scored, expected = [], []
     for folder in (policy, model_folder):
-        model = analyze.load(str(folder), "--policy", setting)
+        model = load_merged(str(folder), "--policy").eval()
         expected.append(torch.cat([by_hand(model, r.input_ids, r.prompt_length)[0] for r in responses]))
         attach_log_odds_head(model)
-        scores.append(analyze.score(model, sample, setting))
+        scored.append(scores(model, sample, tokenizer.pad_token_id, torch.device("cpu"), None, 2))
         assert not model.get_output_embeddings()._forward_pre_hooks  # the hook is gone
-    _, token_shifts = analyze.shifts(sample, scores[0], scores[1])
+    _, token_shifts = shifts(sample, *scored)
     torch.testing.assert_close(token_shifts.double(), expected[0] - expected[1], rtol=1e-4, atol=1e-5)
 
 
@@ -178,7 +181,7 @@ def test_an_adapter_is_the_model_that_it_makes(model_folder: Path, write_rows: W
     result = analysed(tmp_path, "--policy", tmp_path / "adapter", tmp_path / "merged", *flags)
     adapter, merged = (result["policies"][name]["responses"] for name in ("adapter", "merged"))
     assert len(adapter["row"]) == 6
-    for metric in analyze.METRICS:
+    for metric in METRICS:
         assert adapter[metric] == pytest.approx(merged[metric], rel=1e-4, abs=1e-5)
     assert max(map(abs, adapter["log_likelihood_shift"])) > 0.1
 
@@ -193,15 +196,14 @@ def test_one_model_at_a_time_and_figures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load = analyze.load
 
     def watched(*arguments: Any) -> Any:
         assert [m for m in loaded if m() is not None] == []
-        model = load(*arguments)
+        model = load_merged(*arguments)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(analyze, "load", watched)
+    monkeypatch.setattr(analyze_run, "load_merged", watched)
     more = moved(model_folder, "more", 0.3)
     flags = ("--policy", policy, more, "--reference", model_folder, "--data", write_rows(PAIRS), "--bf16", "--bins_of", "more")
     result = analysed(tmp_path, *flags)
@@ -254,9 +256,9 @@ def test_bad_input_is_one_sentence(
         ({"--output_dir": [tmp_path / "full"]}, "expected a new or empty folder"),
         ({"--output_dir": [tmp_path / "full" / "notes.txt" / "x"]}, "not a directory"),
         ({"--greedy": [0]}, "--greedy: expected at least 1, got 0"),
-        ({"--greedy": ["two"]}, "--greedy: invalid int value: 'two'"),
+        ({"--greedy": ["two"]}, "--greedy: expected int, got 'two' (python -m bnf_train.analyze --help lists every flag)"),
         ({"--greedy": [1], "--max_new_tokens": [250]}, "--max_new_tokens 250: the prompt of"),
-        ({"--batch_sise": [3]}, "unrecognized arguments: --batch_sise"),
+        ({"--batch_sise": [3]}, "--batch_sise: no such flag; the nearest is --batch_size"),
         ({"--policy": []}, "--policy: expected at least one argument"),
     ]
     for change, words in bad:

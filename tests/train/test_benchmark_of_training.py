@@ -9,15 +9,18 @@ import torch
 from preference_rows import PAIRS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnf_train import benchmark
-from bnf_train.benchmark import Task, _tokens, bare, bnf, main, mfu
-from bnf_train.model import head as model_head
+from bnf_train.benchmark import mfu as share_of_the_peak
+from bnf_train.benchmark.__main__ import main
+from bnf_train.benchmark.mfu import mfu
+from bnf_train.benchmark.ours import bnf
+from bnf_train.benchmark.peers import bare
+from bnf_train.benchmark.task import Task, tokens_of
 from bnf_train.model.load import load_tokenizer
 
 
 def test_methods_count_the_same_tokens(model_folder: Path, write_rows: Callable[..., Path]) -> None:
     task = Task(str(model_folder), str(write_rows(PAIRS)), 100, ("--use_cpu=true",))
-    tokens = _tokens(task, load_tokenizer(str(model_folder)))
+    tokens = tokens_of(task, load_tokenizer(str(model_folder)))
     figures = bnf(task)
     assert figures["tokens"] == tokens
     assert 0 < figures["with_reference"] < figures["tokens_per_second"]
@@ -48,11 +51,13 @@ def test_share_of_the_peak_of_products_in_the_dtype_of_the_step(
 ) -> None:
     """Whatever this CPU has. The figures follow from one another; none is compared with a speed."""
     measured: list[torch.dtype] = []
-    monkeypatch.setattr(benchmark, "bf16_in_hardware", lambda use_cpu: unit)
-    monkeypatch.setattr(benchmark, "_peak_operations", lambda device, dtype: measured.append(dtype) or 2e9)
+    monkeypatch.setattr(share_of_the_peak, "bf16_in_hardware", lambda use_cpu: unit)
+    monkeypatch.setattr(share_of_the_peak, "_peak_operations", lambda device, dtype: measured.append(dtype) or 2e9)
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    products, attach = Products(128), model_head.attach_log_odds_head
-    monkeypatch.setattr(model_head, "attach_log_odds_head", lambda model: (attach(model), products.dtypes.clear()))  # it tries
+    products, attach = Products(128), share_of_the_peak.attach_log_odds_head
+    monkeypatch.setattr(
+        share_of_the_peak, "attach_log_odds_head", lambda model: (attach(model), products.dtypes.clear())
+    )  # it tries
     with products:
         figures = mfu(2, 64, lora, 2, shape)
     assert [*products.dtypes] == measured == [torch.bfloat16 if unit else torch.float32]
@@ -67,7 +72,7 @@ def test_share_of_the_peak_of_products_in_the_dtype_of_the_step(
 
 def test_the_peak_is_that_of_the_dtype_asked_for() -> None:
     with Products(1024) as products:
-        assert benchmark._peak_operations(torch.device("cpu"), torch.float32) > 0
+        assert share_of_the_peak._peak_operations(torch.device("cpu"), torch.float32) > 0
     assert products.dtypes == {torch.float32}
 
 

@@ -16,15 +16,21 @@ from preference_rows import PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train.__main__ import main as train
-from bnf_train.compare.__main__ import Arm, compare, main
+from bnf_train.compare import run
+from bnf_train.compare.__main__ import main, read_options
 from bnf_train.compare.arm import Measures, answers, paragraphs, perplexity
-from bnf_train.compare.report import COLUMNS, START, markdown, summaries, write
+from bnf_train.compare.report import START, columns, markdown, summaries, write
+from bnf_train.compare.run import Arm
 from bnf_train.data import Response, Row
 from bnf_train.errors import Interrupted, UsageError
 from bnf_train.flags import parse
 from bnf_train.model.head import attach_log_odds_head
 
 SECONDS = ("train_seconds", "tokens_per_second", "peak_gib")
+
+
+def compare(arguments: list[str]) -> None:
+    run.compare(*read_options(arguments))
 
 
 def flags(model_folder: Path, rows: Path, output: Path, *more: str) -> list[str]:
@@ -42,7 +48,7 @@ def test_arms_run_once_and_the_report_is_of_what_they_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # in the next test they start as they do for a user
-    monkeypatch.setattr("bnf_train.compare.__main__.multiprocessing.get_context", lambda method: forks)
+    monkeypatch.setattr("bnf_train.compare.run.multiprocessing.get_context", lambda method: forks)
     output, rows = tmp_path / "out", write_rows(PAIRS)
     probe = tmp_path / "probe.txt"
     probe.write_text("Rivers run to the sea.\n\nBread is baked.\n")
@@ -159,11 +165,11 @@ def test_a_stopped_arm_stops_the_comparison_and_says_how_to_go_on(
 ) -> None:
     stop = pickle.loads(pickle.dumps(Interrupted(15, "saved x")))  # as it comes from an arm's process
 
-    def stopped(arguments: list[str]) -> None:
+    def stopped(*_: Any) -> None:
         raise stop
 
-    monkeypatch.setattr("bnf_train.compare.__main__.compare", stopped)
-    assert main([]) == 143
+    monkeypatch.setattr("bnf_train.compare.run.compare", stopped)
+    assert main(["--arms", "bnf"]) == 143
     assert "the same command goes on" in capsys.readouterr().err
 
 
@@ -180,7 +186,7 @@ def test_summaries_are_means_over_seeds_with_the_smallest_and_the_largest(tmp_pa
     runs = [run_of("bnf", 0, 1.0), run_of("bnf", 1, 3.0), run_of("dpo | x", 0, -1.0)]
     runs.append({"name": "kto", "seed": 0, "arguments": [], "failed": "it <b>burst</b>"})
     arms = summaries(runs)
-    column = next(iter(COLUMNS))
+    column = next(iter(columns()))
     assert arms["bnf"][column] == {"mean": 2.0, "min": 1.0, "max": 3.0, "runs": 2}
     assert list(arms) == [START, "bnf", "dpo | x"]
     assert arms[START]["seconds, evaluations included"] is None
@@ -199,7 +205,7 @@ def test_one_seed_that_is_no_number_makes_the_arm_none(tmp_path: Path) -> None:
     assert "1.000" not in markdown(runs).splitlines()[-1]
     write(tmp_path, runs)
     strict = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
-    assert strict["arms"]["bnf"][next(iter(COLUMNS))]["mean"] == "nan"
+    assert strict["arms"]["bnf"][next(iter(columns()))]["mean"] == "nan"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,19 @@
 """Flags, presets and defaults: which wins, and what is refused."""
 
+import dataclasses
+import re
 from pathlib import Path
 
+import children
 import pytest
 import torch
+from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
 
-from bnf_train.config import FOR_BF16_WEIGHTS, PRESETS
+from bnf_core import OBJECTIVES
+from bnf_train import options
+from bnf_train.__main__ import main
+from bnf_train.config import FOR_BF16_WEIGHTS, PRESETS, BNFConfig
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
 
@@ -199,14 +207,80 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         parse([*DATA, "--config", str(tmp_path / "latin.yaml")])
 
 
-def test_help_lists_every_flag_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_the_flags_that_most_runs_need() -> None:
+    """At once, because neither torch nor transformers is imported, and on one screen or two, whatever the terminal's width."""
+    code = (
+        "import sys; from bnf_train.__main__ import main; code = main(['--help'])\n"
+        "print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
+    )
+    for columns in (80, 120):
+        printed, imported = children.run("-c", code, COLUMNS=str(columns))
+        assert imported == "set()\n"
+        lines = printed.splitlines()
+        assert len(lines) < 70
+        assert max(map(len, lines)) < columns
+        shown = set(re.findall(r"^  --(\w+)", printed, re.MULTILINE))
+        own = {field.name for group in options.GROUPS for field in dataclasses.fields(group)}
+        assert shown - own == {name for flags in options.THEIRS.values() for name in flags} | {"config", "debug", "help_all"}
+        assert own - shown == set()
+
+
+def test_help_shows_transformers_defaults_as_they_are() -> None:
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for name, (value, _) in (row for flags in options.THEIRS.values() for row in flags.items()):
+        assert name in theirs
+        assert value.isupper() or value == ("" if theirs[name] in (None, False) else str(theirs[name]))
+
+
+def test_no_flag_of_transformers_is_taken() -> None:
+    """Those that this config declares anew read the same values, with another default or a help of their own."""
+    ours = {field.name: field for field in dataclasses.fields(BNFConfig)}
+    theirs = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    assert {name for name in theirs if ours[name] is not theirs[name]} == {
+        *("output_dir", "bf16", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "logging_steps"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "remove_unused_columns"),
+    }
+
+
+def test_one_process_drives_one_device_and_compiles_layers_itself() -> None:
+    config = parse([*DATA, "--per_device_train_batch_size", "4", "--torch_compile_backend", "eager"])
+    config._n_gpu = 8  # what a machine with 8 GPUs says without a launcher
+    assert (config.n_gpu, config.train_batch_size) == (1, 4)
+    assert config.torch_compile
+    assert config.torch_compile_backend == config.to_dict()["torch_compile_backend"] == "eager"
+
+
+def test_help_all_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(["--help"])
+        main(["--help-all"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for flag in ("--config", "--beta", "--lambda", "--learning_rate", "--objective", "--dtype", "--debug"):
-        assert f"  {flag}" in printed
+    for flag in ("--config", "--beta", "--lambda", "--objective", "--dtype", *BNFConfig.__dataclass_fields__):
+        name = flag.removeprefix("--")
+        assert f"  --{name}" in printed or name in ("hyperparameters", "rows_digest", "tracebacks")
+    for objective in OBJECTIVES:
+        assert objective in printed
+    assert "--debug without a value" in printed
     assert "SUPPRESS" not in printed
+
+
+def test_debug_without_a_value_is_ours_and_with_one_transformers(tmp_path: Path) -> None:
+    assert not parse(DATA).tracebacks
+    assert parse([*DATA, "--debug"]).tracebacks
+    assert parse(["--debug", *DATA]).tracebacks
+    assert parse([*DATA, *in_file(tmp_path, "debug: true")]).tracebacks
+    assert not parse([*DATA, *in_file(tmp_path, "debug: false")]).tracebacks
+    for flags in (
+        ["--debug", "underflow_overflow"],
+        ["--debug=underflow_overflow"],
+        in_file(tmp_path, "debug: underflow_overflow"),
+    ):
+        config = parse([*DATA, *flags])
+        assert not config.tracebacks
+        assert config.debug == [DebugOption.UNDERFLOW_OVERFLOW]
+    both = parse([*DATA, "--debug", "--debug", "underflow_overflow"])
+    assert both.tracebacks
+    assert both.debug == [DebugOption.UNDERFLOW_OVERFLOW]
 
 
 # --- what weights are held in ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bnf_core import bnf, objective_spec
 from bnf_train.__main__ import main
 from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError
@@ -86,20 +87,11 @@ def test_at_the_start_it_is_the_reference_and_then_the_head_follows_its_own_weig
     assert len(trained) == (0 if not whole else head_and_embeddings if tied else 1), trained
 
 
-def head_flops(hidden: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
-    """Of the head in one pass, an operator: a product for the logits, and one for each gradient that it is asked for."""
-    wanted = rest[-1]
-    return 2 * int(hidden[0]) * int(hidden[1]) * int(weight[0]) * (1 + wanted[0] + wanted[1])
-
-
-HEAD_FLOPS = {torch.ops.bnf_core.token_loss: head_flops}
-
-
 def test_a_frozen_head_costs_two_products_and_a_trained_one_three(folder: Path) -> None:
     def head_products(*flags: str) -> float:
         model = add_lora(with_head(folder), config_of(folder, *flags))
-        more = {"ref_log_odds": torch.zeros(len(LABELS)), "coefficient": torch.ones(len(LABELS))}
-        with FlopCounterMode(display=False, custom_mapping=HEAD_FLOPS) as counter:
+        more = {"token_loss": objective_spec(bnf).weighted_token_loss, "per_token": [torch.ones(len(LABELS))] * 3}
+        with FlopCounterMode(display=False) as counter:
             log_odds_of(model, **more)[0].backward()
         with FlopCounterMode(display=False) as backbone:
             hidden = model.base_model.model.model(input_ids=IDS, use_cache=False).last_hidden_state

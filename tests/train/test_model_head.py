@@ -1,6 +1,10 @@
 """The log-odds head on real architectures computes what their own logits say."""
 
+import copy
+import math
+import pickle
 import unittest.mock
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bnf_core import linear_log_odds, reference, token_log_odds
+from bnf_core import TokenBatch, bnf, linear_log_odds, reference, token_log_odds
+from bnf_train.data import Collator, Response, Row, model_inputs, packed
 from bnf_train.errors import UsageError
 from bnf_train.model import head as model_head
-from bnf_train.model.attention import NAME, attend_by_response
+from bnf_train.model.attention import NAME, PackedResponses, attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head, can_pack
 
 SIZES = {
@@ -29,6 +34,12 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+WINDOWED: dict[str, dict[str, Any]] = {  # what a token sees of its response is less than all before it
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "llama4_text": {"attention_chunk_size": 4, "intermediate_size_mlp": 24, "num_local_experts": 2, "pad_token_id": 1},
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -41,8 +52,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(name: str) -> PreTrainedModel:
-    options = SIZES | {"model_type": name} | ARCHITECTURES[name]
+def tiny(name: str, **more: Any) -> PreTrainedModel:
+    options = SIZES | {"model_type": name} | ARCHITECTURES.get(name, {}) | more
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), attn_implementation="eager").eval()
 
@@ -109,7 +120,7 @@ def test_bf16_weights_pass_and_another_head_does_not(name: str, monkeypatch: pyt
     if cap is not None:
         wrong.append(("_softcap", lambda _: 1.05 * cap))
     if head.bias is not None:
-        wrong.append(("_head_forward", _without_bias))
+        wrong.append(("LogOddsHead", WithoutBias))
     for function, other in wrong:
         with monkeypatch.context() as patch:
             patch.setattr(model_head, function, other)
@@ -117,17 +128,46 @@ def test_bf16_weights_pass_and_another_head_does_not(name: str, monkeypatch: pyt
                 attach_log_odds_head(model)
 
 
-def _without_bias(head: Any, hidden: Tensor, response_labels: Tensor | None = None, *args: Any, **options: Any) -> Any:
-    if response_labels is None:
-        return type(head).forward(head, hidden)
-    return linear_log_odds(hidden, head.weight, response_labels, **options)
+class WithoutBias(model_head.LogOddsHead):
+    def __call__(self, hidden: Tensor, response_labels: Tensor | None = None, *args: Any) -> Any:
+        if response_labels is None:
+            return super().__call__(hidden)
+        weight: Any = self.head.weight
+        return linear_log_odds(hidden, weight, response_labels, softcap=self.softcap, logit_scale=self.logit_scale)
+
+
+def copies(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    return {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
+def test_a_copy_computes_with_its_own_weight(name: str, tmp_path: Path) -> None:
+    """Of the model, and of its head alone, as peft makes of it; what is saved is named as transformers names it."""
+    model = tiny(name)
+    attach_log_odds_head(model)
+    inputs = {"input_ids": torch.arange(9).unsqueeze(0), "response_positions": torch.arange(8)}
+    inputs["response_labels"] = torch.arange(1, 9)
+    before = model(**inputs)[0].detach()
+    for how, other in copies(model).items():
+        torch.testing.assert_close(other(**inputs)[0], before, rtol=0, atol=0, msg=how)
+        with torch.no_grad():
+            other.get_output_embeddings().weight.mul_(2)
+        assert (other(**inputs)[0] - before).abs().max() > 1e-2, how
+        logits = other(input_ids=inputs["input_ids"]).logits[0, :8]
+        torch.testing.assert_close(other(**inputs)[0], token_log_odds(logits, inputs["response_labels"])[0], msg=how)
+        assert torch.equal(model(**inputs)[0], before), how
+    head, hidden, labels = model.get_output_embeddings(), torch.randn(8, 16), inputs["response_labels"]
+    one = copy.deepcopy(head)
+    with torch.no_grad():
+        one.weight.mul_(2)
+    assert not torch.equal(one(hidden, labels)[0], head(hidden, labels)[0])
+    model.save_pretrained(tmp_path)
+    saved = AutoConfig.from_pretrained(tmp_path)
+    assert saved.architectures == [type(tiny(name)).__name__]
 
 
 def test_head_and_objective_are_the_papers_loss() -> None:
     """From token ids to eq. 4 on a real model: the shift, the masks, the lengths."""
-    from bnf_core import TokenBatch, bnf
-    from bnf_train.data import Collator, Response, Row
-
     policy, ref = tiny("llama"), tiny("llama")
     with torch.no_grad():
         for parameter in ref.parameters():
@@ -159,14 +199,10 @@ def test_head_and_objective_are_the_papers_loss() -> None:
 
 
 @torch.compiler.set_stance("force_eager")  # flex_attention uncompiled: minutes of a C++ compiler
-@pytest.mark.parametrize(
-    "attention", ["eager", "sdpa", "sdpa_by_response", pytest.param("flex_attention", marks=pytest.mark.child)]
-)
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa_varlen", pytest.param("flex_attention", marks=pytest.mark.child)])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "cohere", "phi"])
 def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
     """For every attention implementation on a CPU; responses of very different lengths, in both orders."""
-    from bnf_train.data import Collator, Response, Row, model_inputs
-
     model = tiny(name)
     try:
         model.set_attn_implementation(attention)
@@ -187,25 +223,70 @@ def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_attention_by_response_has_the_gradients_of_attention_over_the_whole(name: str) -> None:
+def test_varlen_attention_has_the_gradients_of_attention_over_the_whole(name: str) -> None:
     """And cuts where responses begin: it calls scaled_dot_product_attention once for each."""
     whole, cut = tiny(name), tiny(name)
     for model in (whole, cut):
         model.set_attn_implementation("sdpa")
-    attend_by_response(cut)
+    attend_varlen(cut)
     assert cut.config._attn_implementation == NAME
-    ids = torch.randint(37, (1, 20))
-    position_ids = torch.cat([torch.arange(n) for n in (9, 1, 10)]).unsqueeze(0)
+    inputs = model_inputs(packed(torch.randint(37, (20,)).split([9, 1, 10])))
     outputs, counts = [], []
     for model in (whole, cut):
         with unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=sdpa) as attention:
-            outputs.append(model(input_ids=ids, position_ids=position_ids, use_cache=False).logits)
+            outputs.append(model(**inputs, use_cache=False).logits)
         counts.append(attention.call_count)
         outputs[-1].square().sum().backward()
     assert counts == [2, 6]  # layers, times responses
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
     for (key, one), other in zip(whole.named_parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_varlen_attention_of_windows_and_chunks_is_that_of_each_response_alone(name: str) -> None:
+    """Responses longer than the window and shorter ones; the lengths, not the mask, say where they begin."""
+    model = tiny(name, **WINDOWED[name])
+    model.set_attn_implementation("sdpa")
+    attend_varlen(model)
+    assert model.config._attn_implementation == NAME
+    ids = torch.randint(37, (26,)).split([9, 1, 3, 13])
+    with torch.no_grad():
+        alone = [model(input_ids=x[None], use_cache=False).logits for x in ids]
+        with unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=sdpa) as attention:
+            together = model(**model_inputs(packed(ids)), use_cache=False).logits
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+    assert attention.call_count == 2 * len(ids)
+    masked = {(len(query[0, 0]), options["attn_mask"] is not None) for (query, *_), options in _calls(attention)}
+    assert {(9, True), (1, False), (3, False), (13, True)} <= masked  # a block only where it says more than "causal"
+
+
+def _calls(mock: Any) -> list[Any]:
+    return [(call.args, call.kwargs) for call in mock.call_args_list]
+
+
+def test_layers_share_lengths_and_blocks_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read once a forward pass, not once a layer: on a GPU each reading waits for all that goes before."""
+    model = tiny("gemma3_text", sliding_window=4, num_hidden_layers=6)
+    model.set_attn_implementation("sdpa")
+    attend_varlen(model)
+    seen = []
+    blocks = PackedResponses.blocks
+    monkeypatch.setattr(PackedResponses, "blocks", lambda self, mask: (seen.append((self, blocks(self, mask))), seen[-1][1])[1])
+    model(**model_inputs(packed(torch.randint(37, (20,)).split([9, 11]))), use_cache=False)
+    assert len(seen) == 6
+    assert len({id(responses) for responses, _ in seen}) == 1
+    assert len({id(cut) for _, cut in seen}) == 2  # sliding and full
+
+
+def test_a_model_that_keeps_lengths_from_its_attention_is_packed_with_a_mask() -> None:
+    model = tiny("stablelm", num_key_value_heads=2)
+    model.set_attn_implementation("sdpa")
+    attend_varlen(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert attention_width(model) < math.inf  # the collator pads where that is less work
+    attach_log_odds_head(model)
+    assert can_pack(model)
 
 
 def test_sparse_attention_that_goes_by_the_name_of_sdpa_stays_sparse() -> None:
@@ -218,7 +299,7 @@ def test_sparse_attention_that_goes_by_the_name_of_sdpa_stays_sparse() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     ids = torch.randint(37, (1, 24))
     expected = model(input_ids=ids).logits
-    attend_by_response(model)
+    attend_varlen(model)
     assert torch.equal(model(input_ids=ids).logits, expected)
 
 

@@ -12,13 +12,19 @@ from preference_rows import PAIRS, SINGLES
 
 from bnf_core import OBJECTIVES, PAIRWISE, TokenBatch
 from bnf_train.__main__ import main
+from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
-from bnf_train.objectives import hyperparameters, resolve
+from bnf_train.objectives import Resolved, hyperparameters, is_per_token
+from bnf_train.objectives import resolve as resolve_objective
 
 DATA = ["--model", "some/model", "--dataset", "x.jsonl", "--output_dir", "unused"]
+
+
 OWN = '''
+import torch
 import torch.nn.functional as F
+from bnf_core import objective
 
 def margin(log_odds, batch, *, target, power: int = 2, mean=True):
     """Per pair: how far the mean log-likelihoods are from `target` apart."""
@@ -54,6 +60,20 @@ def odd(log_odds, batch):
     return batch.mean(log_odds)
 
 odd.pairwise = "yes"
+
+@objective(per="token", reference=False)
+def unlikelihood(log_odds, sign, *, strength=1.0):
+    return torch.where(sign > 0, -F.logsigmoid(log_odds), -strength * F.logsigmoid(-log_odds))
+
+@objective(per="token")
+def not_per_token(log_odds, sign, ref_log_odds):
+    return log_odds.sum()
+
+@objective(per="pair")
+def gap(log_odds, batch):
+    chosen, rejected = batch.pairs()
+    sums = batch.sum(F.logsigmoid(log_odds))
+    return sums[rejected] - sums[chosen]
 '''
 
 
@@ -62,6 +82,10 @@ def own(tmp_path: Path) -> Path:
     path = tmp_path / "own.py"
     path.write_text(OWN)
     return path
+
+
+def resolve(config: BNFConfig) -> Resolved:
+    return resolve_objective(config.objective, config.hyperparameters)
 
 
 def batch() -> tuple[torch.Tensor, TokenBatch]:
@@ -138,6 +162,7 @@ def test_what_is_not_an_objective_is_one_sentence(flags: list[str], message: str
         ("crooked", [], "AttributeError: .*no_such_thing"),
         ("one_argument", [], "expected a function of .log_odds, batch."),
         ("with_seed", [], "--seed is a flag already; rename that hyper-parameter"),
+        ("not_per_token", [], r"not_per_token: expected one loss for each of 5 tokens, got torch.float32 of shape \(\)"),
         ("odd", [], "expected its attribute pairwise to be True or False, got 'yes'"),
     ],
 )
@@ -169,7 +194,25 @@ def test_own_by_file_and_by_module_are_the_same(own: Path, monkeypatch: pytest.M
     torch.testing.assert_close(losses, (sums[0::2] - sums[1::2] - 2) ** 4)
 
 
-@pytest.mark.parametrize(("function", "rows"), [("push", SINGLES[:4]), ("margin", PAIRS[:4])])
+def test_what_a_function_of_ones_own_says_it_is(own: Path) -> None:
+    told = {
+        name: resolve(parse([*DATA, "--objective", f"{own}:{name}", *flags])).spec
+        for name, flags in {"push": [], "margin": ["--target=1"], "gap": [], "unlikelihood": ["--strength=0.5"]}.items()
+    }
+    assert {name: spec.per for name, spec in told.items()} == {
+        "push": "response", "margin": "pair", "gap": "pair", "unlikelihood": "token"
+    }  # fmt: skip
+    assert {name for name, spec in told.items() if not spec.reference} == {"unlikelihood"}
+    assert is_per_token(f"{own}:unlikelihood")
+    assert not is_per_token("kto")
+    objective, pairwise = resolve(parse([*DATA, "--objective", f"{own}:unlikelihood", "--strength=0.5"]))
+    assert not pairwise
+    assert objective(torch.zeros(10), batch()[1]).tolist() == pytest.approx([0.6931, 0.3466, 0.6931, 0.3466], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "rows"), [("push", SINGLES[:4]), ("margin", PAIRS[:4]), ("gap", PAIRS[:4]), ("unlikelihood", SINGLES[:4])]
+)
 def test_own_objective_trains(
     function: str, rows: list[dict[str, object]], own: Path, model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

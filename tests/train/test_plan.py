@@ -17,7 +17,8 @@ from preference_rows import PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bnf_train import demo
-from bnf_train.model.attention import attend_by_response
+from bnf_train.data import model_inputs, packed
+from bnf_train.model.attention import attend_varlen
 from bnf_train.plan import __main__ as plan
 from bnf_train.plan import estimate, memory, size, trace, work
 
@@ -97,18 +98,15 @@ def test_counts_real_tokens_and_multiplies_by_hand(
 
 
 PADDED = {"input_ids": torch.zeros(3, 50, dtype=torch.long), "attention_mask": torch.ones(3, 50, dtype=torch.long).tril(40)}
-PACKED = {
-    "input_ids": torch.zeros(1, 133, dtype=torch.long),
-    "position_ids": torch.cat([torch.arange(n) for n in (41, 42, 50)]).unsqueeze(0),
-}
+PACKED = packed([torch.zeros(n, dtype=torch.long) for n in (41, 42, 50)])
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
-def test_traced_memory_is_what_autograd_saves(batch: dict[str, torch.Tensor], model_folder: Path, bf16: bool) -> None:
+def test_traced_memory_is_what_autograd_saves(batch: dict[str, Any], model_folder: Path, bf16: bool) -> None:
     traced = trace.trace(size.build(str(model_folder), False), batch | {"response_positions": torch.arange(9)}, bf16, False)
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()
-    attend_by_response(model)
+    attend_varlen(model)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
     kept = []
@@ -120,7 +118,7 @@ def test_traced_memory_is_what_autograd_saves(batch: dict[str, torch.Tensor], mo
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+        hidden = model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
     assert hidden.requires_grad
     assert traced.after_forward == pytest.approx(sum(saved.values()), rel=0.1)
     assert traced.most >= traced.after_forward
@@ -136,10 +134,10 @@ def test_checkpointing_saves_activations_and_length_costs(model_folder: Path) ->
 
 
 def test_sharding_divides_by_the_gpus() -> None:
-    size = size.ModelSize(1_000_000, 1000, 1000, 100, True, 900_000, 1000, 10, 64, 5000)
-    assert memory.weight_bytes(size, "DDP", 8) == 4_000_000
-    assert memory.weight_bytes(size, "FSDP2", 8) == 4 * (125_000 + 2 * 1000 + 1000)
-    assert memory.gradient_bytes(size, 1_000_000, "DDP", 8) == 2 * memory.gradient_bytes(size, 1_000_000, "DDP", 1)
+    model = size.ModelSize(1_000_000, 1000, 1000, 100, True, 900_000, 1000, 10, 64, 5000)
+    assert memory.weight_bytes(model, "DDP", 8) == 4_000_000
+    assert memory.weight_bytes(model, "FSDP2", 8) == 4 * (125_000 + 2 * 1000 + 1000)
+    assert memory.gradient_bytes(model, 1_000_000, "DDP", 8) == 2 * memory.gradient_bytes(model, 1_000_000, "DDP", 1)
     assert memory.optimizer_bytes(1_000_000, "ZeRO-3", 8, "adamw_torch_fused") == 1_000_000
     assert math.isclose(work.gpu_hours(312e12 * 3600, 312, 0.5), 2)
 

@@ -532,11 +532,11 @@ def test_the_other_reference_is_freed_before_the_policy_is_loaded(
 ) -> None:
     import weakref
 
-    from bnf_train.model import load
+    from bnf_train import run as run_module
 
     alive: list[int] = []
     models: list[weakref.ref[Any]] = []
-    real = load.load_model
+    real = run_module.load_model
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         alive.append(sum(model() is not None for model in models))
@@ -544,6 +544,6 @@ def test_the_other_reference_is_freed_before_the_policy_is_loaded(
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(load, "load_model", watched)
+    monkeypatch.setattr(run_module, "load_model", watched)
     assert run(model_folder, write_rows(PAIRS), tmp_path / "out", "--ref_model", str(model_folder)) == 0
     assert alive == [0, 0]

@@ -4,23 +4,26 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from preference_rows import PAIRS, SINGLES
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bnf_core import OBJECTIVES, bnf
+from bnf_core import OBJECTIVES, linear_token_loss, objective
 from bnf_train.__main__ import main
 from bnf_train.data import Collator, Row, passes, tokenize
 from bnf_train.flags import parse
+from bnf_train.model import head as model_head
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import load_model, load_tokenizer
 from bnf_train.run import run
 from bnf_train.training.reference_cache import add_ref_log_odds
-from bnf_train.training.resume import EnduringTrainer
+from bnf_train.training.resume import ResumeMixin
 from bnf_train.training.trainer import BNFTrainer
 
 WriteRows = Callable[..., Path]
@@ -38,6 +41,26 @@ def one_step(
     tokens_per_pass: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
+    trainer = trainer_of(
+        folder, rows, per_device, accumulate, objective,
+        packed=packed, with_empty_rows=with_empty_rows, tokens_per_pass=tokens_per_pass,
+    )  # fmt: skip
+    trainer.train()
+    return {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+
+
+def trainer_of(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    per_device: int,
+    accumulate: int,
+    objective: str = "bnf",
+    *,
+    packed: bool = False,
+    with_empty_rows: bool = False,
+    tokens_per_pass: int = 0,
+) -> BNFTrainer:
+    """The trainer of `one_step`, whose reference is not its policy."""
     flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
     config = parse(
         [
@@ -57,7 +80,7 @@ def one_step(
     if with_empty_rows:  # as where another process has one row more
         data = [row for pair in zip(data, [Row("", [])] * len(data), strict=True) for row in pair]
     collator.packed = packed
-    trainer = BNFTrainer(
+    return BNFTrainer(
         model=model,
         args=config,
         objective=OBJECTIVES[objective],
@@ -65,8 +88,6 @@ def one_step(
         train_dataset=data,
         processing_class=tokenizer,
     )
-    trainer.train()
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -98,10 +119,10 @@ def test_the_step_does_not_depend_on_packing_or_empty_micro_batches(model_folder
             torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate} {options}")
 
 
-@pytest.mark.parametrize("objective", ["bnf", "dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["bnf", "log_likelihood", "dpo", "simpo"])
 @pytest.mark.parametrize("most", [1, 130, 200])
 def test_the_step_does_not_depend_on_its_passes(model_folder: Path, objective: str, most: int) -> None:
-    """Passes of a packed batch: BNF's cut between responses, others' between rows, so that a pair stays one."""
+    """Passes of a packed batch: a loss per token's cut between responses, others' between rows, so that a pair stays one."""
     whole = one_step(model_folder, PAIRS, 8, 1, objective, packed=True)
     for key, value in one_step(model_folder, PAIRS, 8, 1, objective, packed=True, tokens_per_pass=most).items():
         torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=key)
@@ -114,7 +135,7 @@ def test_passes_are_the_batch_in_parts(model_folder: Path) -> None:
     for most, whole_rows in ((1, False), (1, True), (100, False), (300, True)):
         parts = passes(batch, most, whole_rows)
         for name, value in batch.items():
-            if name not in ("response", "response_positions"):
+            if name not in ("response", "response_positions", "cu_seq_lens", "max_length"):
                 together = torch.cat([part[name] for part in parts], dim=value.dim() - 1)
                 assert torch.equal(together, value), name
         for part in parts:
@@ -123,6 +144,9 @@ def test_passes_are_the_batch_in_parts(model_folder: Path) -> None:
             assert part["response"].unique().tolist() == list(range(responses))
             predicted = part["input_ids"][0, part["response_positions"] + 1]
             assert torch.equal(predicted, part["response_labels"])
+            starts = (part["position_ids"][0] == 0).nonzero().flatten().tolist()
+            assert part["cu_seq_lens"].tolist() == [*starts, part["input_ids"].numel()]
+            assert part["max_length"] == int(part["position_ids"].max()) + 1
             if whole_rows:
                 assert all(int((part["row"] == row).sum()) == int((batch["row"] == row).sum()) for row in part["row"])
     assert passes(batch, 1e9) == [batch]
@@ -144,7 +168,7 @@ def test_a_micro_batch_is_one_pass_under_deepspeed(model_folder: Path, monkeypat
         return taken(trainer, *args, **kwargs)
 
     taken = BNFTrainer.training_step
-    monkeypatch.setattr(EnduringTrainer, "training_step", step)
+    monkeypatch.setattr(ResumeMixin, "training_step", step)
     one_step(model_folder, PAIRS, 8, 1, packed=True, tokens_per_pass=1)
     assert len(sizes) > 1
     sizes.clear()
@@ -153,14 +177,43 @@ def test_a_micro_batch_is_one_pass_under_deepspeed(model_folder: Path, monkeypat
     assert len(sizes) == 1
 
 
-def test_bnf_in_one_pass_is_bnf_from_log_odds(model_folder: Path) -> None:
-    whole = one_step(model_folder, PAIRS, 4, 2)
-    OBJECTIVES["bnf_again"] = lambda log_odds, batch: bnf(log_odds, batch)  # not recognised: log-odds, then the loss
-    try:
-        for key, value in one_step(model_folder, PAIRS, 4, 2, "bnf_again").items():
-            torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5)
-    finally:
-        del OBJECTIVES["bnf_again"]
+@objective(per="token")
+def one_sided(log_odds: torch.Tensor, sign: torch.Tensor, ref_log_odds: torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
+    """Of one's own: w on dispreferred tokens only."""
+    w = torch.where(sign > 0, 1, (log_odds.detach() - ref_log_odds).clamp(max=0).exp() ** power)
+    return -sign * w * logsigmoid(log_odds)
+
+
+@pytest.mark.parametrize("name", ["bnf", "bnf_binary", "log_likelihood", "one_sided"])
+def test_a_loss_per_token_in_one_pass_is_the_objective_on_log_odds(
+    name: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it does not recompute the logits: `linear_log_odds` is not called."""
+    loss = partial(one_sided, power=0.5) if name == "one_sided" else OBJECTIVES[name]
+    monkeypatch.setitem(OBJECTIVES, "one", loss)
+    monkeypatch.setitem(OBJECTIVES, "two", lambda log_odds, batch: loss(log_odds, batch))  # says nothing of itself
+    calls = []
+    monkeypatch.setattr(model_head, "linear_token_loss", lambda *a, **k: calls.append(a) or linear_token_loss(*a, **k))
+    ours = one_step(model_folder, PAIRS, 4, 2, "one")
+    assert len(calls) == 2
+    theirs = one_step(model_folder, PAIRS, 4, 2, "two")
+    assert len(calls) == 2
+    before = load_model(str(model_folder)).state_dict()
+    assert any((ours[k] - before[k]).abs().max() > 1e-3 for k in ours)
+    for key, value in theirs.items():
+        torch.testing.assert_close(value, ours[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.1), ("simpo", 2.0), ("bnf", 1.0)])
+def test_rewards_are_the_objectives_own(objective: str, beta: float, model_folder: Path) -> None:
+    """beta is the default of the objective where none is bound; 1 where it has none."""
+    trainer = trainer_of(model_folder, PAIRS, 4, 2, objective)
+    found = trainer.evaluate(trainer.train_dataset)
+    assert found["eval_rewards/chosen"] == pytest.approx(beta * found["eval_logp_shift/preferred"])
+    assert found["eval_logp_shift/preferred"] < -1
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["rewards/rejected"] == pytest.approx(beta * found["eval_logp_shift/dispreferred"], rel=1e-4)
 
 
 def test_a_policy_that_does_not_start_at_its_reference_is_refused(
@@ -229,6 +282,7 @@ def test_compiled_layers_compute_the_same(model_folder: Path, write_rows: WriteR
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         compiled = [type(m).__name__ for m in trainer.model.modules() if m._compiled_call_impl is not None]
         assert compiled == (["LlamaDecoderLayer"] * 2 if more else [])
+        assert trainer.accelerator.state.dynamo_plugin.backend == "NO"  # nothing is compiled a second time
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

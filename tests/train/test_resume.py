@@ -287,7 +287,7 @@ def gradient(log_odds, batch):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_none_stops_the_run_and_names_the_rows(what: str, train: Run, tmp_path: Path) -> None:
+def test_a_non_finite_loss_or_gradient_stops_the_run_and_names_the_rows(what: str, train: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OBJECTIVE)
     rows = tmp_path / "rows.jsonl"
     row = json.loads(rows.read_text().splitlines()[-1])

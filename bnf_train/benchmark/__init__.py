@@ -1,0 +1,1 @@
+"""python -m bnf_train.benchmark."""

@@ -1,0 +1,278 @@
+"""The flags of a run: names, types, defaults and help, a group each. Nothing heavy is imported, so that --help is quick.
+
+`config.BNFConfig` is made of these groups and of transformers.TrainingArguments. A field's help begins with the sentence
+that --help shows; --help_all shows all of it. What is no default of a flag's own (a path, a device's ability) has a metavar.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from bnf_train import demo
+
+PROG = "python -m bnf_train"
+DESCRIPTION = (
+    "Align a language model on responses labelled preferred or dispreferred with the BNF loss. "
+    "Without arguments: a tiny embedded model on embedded data, about a minute on a laptop."
+)
+CONFIG = "A YAML file with these flags as keys. A flag goes before it."
+
+# Optimizers that keep what a bf16 weight rounds away: the argument that makes them, and the package they come from.
+FOR_BF16_WEIGHTS = {
+    "adamw_torch_8bit": ("bf16_stochastic_round", "torchao"),
+    "adamw_torch_4bit": ("bf16_stochastic_round", "torchao"),
+    "adamw_anyprecision": ("use_kahan_summation", "torchdistx"),
+    "stable_adamw": ("kahan_sum", "optimi"),
+}
+
+
+@dataclass
+class Data:
+    """data"""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "Preference rows: file, folder or hub name. A .jsonl, .json, .parquet or .csv file, a folder that the "
+            "datasets library saved, or a hub dataset's name or name:configuration. Rows are (prompt, chosen, rejected) or "
+            "(prompt, completion, label), plain text or chat messages; the prompt may stand in the messages of chosen and "
+            "rejected instead.",
+        },
+    )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "Held-out rows, as --dataset. Default: the test split of a hub dataset, else --eval_size.",
+        },
+    )
+    eval_size: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share (below 1) or number of rows held out. Where held-out rows do not come by themselves, so many "
+            "training rows are kept back, whole prompts at a time. 0 keeps none."
+        },
+    )
+    max_length: int = field(default=4096, metadata={"help": "Longest prompt with response, in tokens."})
+    too_long: str = field(
+        default="cut",
+        metadata={
+            "help": "Rows that are longer. cut: without the response's end (rows whose prompt leaves no room are dropped); "
+            "error: stop.",
+            "choices": ["cut", "drop", "error"],
+        },
+    )
+    empty: str = field(
+        default="error", metadata={"help": "Rows with an empty response. error: stop.", "choices": ["drop", "error"]}
+    )
+    no_boundary: str = field(
+        default="drop",
+        metadata={
+            "help": "Prompts that are no prefix. Where prompt and response do not begin with the prompt's tokens, the response "
+            "has no certain beginning. error: stop.",
+            "choices": ["drop", "error"],
+        },
+    )
+    duplicates: str = field(
+        default="keep",
+        metadata={
+            "help": "Exact duplicates. keep, or drop all but the first; error: stop.",
+            "choices": ["keep", "drop", "error"],
+        },
+    )
+    pairing_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of training pairs that stay whole. Of the others one side, drawn at random, is removed "
+            "(table 6 of the paper)."
+        },
+    )
+    show_examples: int = field(
+        default=2, metadata={"help": "Training rows printed at the start. They are shown with what the loss sees."}
+    )
+
+
+@dataclass
+class Model:
+    """model and reference"""
+
+    model: str = field(
+        default=str(demo.MODEL),
+        metadata={
+            "metavar": "MODEL",
+            "help": "Model folder or hub name. A model of the paper brings its preset: dataset, learning rate.",
+        },
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "What weights are held in. bfloat16 needs an --optim that loses no update to rounding: "
+            + ", ".join(FOR_BF16_WEIGHTS),
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a hub model."})
+    ref_model: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "MODEL",
+            "help": "Another reference than --model. Default: --model as it is before training.",
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FOLDER",
+            "help": "Keeps the reference's log-odds. The next run on the same weights and rows reads them; 4 bytes a "
+            "response token. Default: bnf_train in the cache folder of Hugging Face (HF_HOME).",
+        },
+    )
+    no_reference_cache: bool = field(
+        default=False, metadata={"help": "Compute them anew, keep nothing. They are the reference's log-odds."}
+    )
+
+
+@dataclass
+class Objective:
+    """objective"""
+
+    objective: str = field(
+        default="bnf",
+        metadata={
+            "help": "Loss: bnf, dpo, kto, simpo, … or my_file.py:my_function. A name of bnf_core.OBJECTIVES, or a function of "
+            "your own as module:function or path/to/file.py:function. Its hyper-parameters (--beta, …) are flags."
+        },
+    )
+
+
+@dataclass
+class Training:
+    """training"""
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate of AdamW."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={
+            "metavar": "N",
+            "help": "Rows per optimizer step over all devices. A pair is one row. Sets gradient_accumulation_steps. "
+            "Default: 128 as in the paper.",
+        },
+    )
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows per forward pass (a pair is one)."})
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"metavar": "N", "help": "Forward passes per optimizer step. Default: what --batch_size needs."},
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Responses one behind the other, no padding. Those of a batch do not see each other (--no_packing: padded)."
+        },
+    )
+    tokens_per_pass: int | None = field(
+        default=None,
+        metadata={
+            "metavar": "N",
+            "help": "Tokens of a pass: less memory, same gradient. A packed batch with more tokens is computed in several "
+            "passes; one process only. Default: 640 on a CPU, else 0, which is no limit.",
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "bf16 autocast over float32 weights. Default: where the device multiplies bf16 in hardware.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+
+@dataclass
+class LoRA:
+    """LoRA"""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train an adapter. The frozen base is the reference."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: float = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what enters the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"metavar": "NAME", "help": "Layers with an adapter. Default: every linear layer but the head."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"metavar": "NAME", "help": "Modules trained whole beside it. As lm_head. Default: none."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the base in 4 bits. Needs bitsandbytes, a CUDA GPU and --use_peft."},
+    )
+
+
+@dataclass
+class Output:
+    """output"""
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={"metavar": "FOLDER", "help": "Where the model goes. Default: a new folder runs/MODEL-OBJECTIVE."},
+    )
+
+
+GROUPS = (Data, Model, Objective, Training, LoRA, Output)
+# transformers' own that everyone uses, as --help shows them under a group: what stands behind the flag, and what it does
+THEIRS: dict[type, dict[str, tuple[str, str]]] = {
+    Training: {
+        "max_steps": ("N", "Optimizer steps, in place of epochs"),
+        "gradient_checkpointing": ("", "Less memory for a fifth more time"),
+        "seed": ("42", "Of rows held out, their order, dropout"),
+    },
+    Output: {
+        "eval_strategy": ("no", "When to evaluate (no, epoch, steps: --eval_steps)"),
+        "save_strategy": ("steps", "When to save (no, epoch, steps: --save_steps)"),
+        "resume_from_checkpoint": ("FOLDER", "Go on with a checkpoint, or the last (auto)"),
+    },
+}
+
+
+def help_text() -> str:
+    """The project's flags with the first sentence on each, and the few of transformers that everyone uses."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage="%(prog)s [--flag value ...]   (lower case: the default)",
+        description=DESCRIPTION,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+    )
+    for options in GROUPS:
+        group = parser.add_argument_group(options.__doc__ or "")
+        for name, value, text in (*_rows(options), *((k, *row) for k, row in THEIRS.get(options, {}).items())):
+            _add(group, name, value, text)
+    group = parser.add_argument_group("more")
+    _add(group, "config", "FILE", _first_sentence(CONFIG))
+    _add(group, "debug", "", "Show the traceback of an error")
+    _add(group, "help_all", "", "Flags of transformers and objectives, too")
+    return parser.format_help()
+
+
+def _rows(options: type) -> Iterator[tuple[str, str, str]]:
+    """Name, value and text of a group's flags."""
+    own: tuple[Field[Any], ...] = fields(options)
+    for option in own:
+        switch = (option.type is bool and option.default is False) or option.metadata.get("nargs") == "?"
+        value = "" if switch else option.metadata.get("metavar", str(option.default).lower())
+        choices = option.metadata.get("choices")
+        text = _first_sentence(option.metadata["help"])
+        yield option.name, value, text + (f" ({', '.join(choices)})" if choices else "")
+
+
+def _add(group: Any, name: str, value: str, text: str) -> None:
+    how: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
+    group.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
+
+
+def _first_sentence(text: str) -> str:
+    return text.partition(". ")[0].rstrip(".")
