@@ -7,9 +7,10 @@ that --help shows; --help_all shows all of it. What is no default of a flag's ow
 import argparse
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from bnf_train import demo
+from bnf_train.rules import RULES
 
 PROG = "python -m bnf_train"
 DESCRIPTION = (
@@ -56,30 +57,26 @@ class Data:
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt with response, in tokens."})
-    too_long: str = field(
-        default="cut",
+    chat_template: str | None = field(
+        default=None,
         metadata={
-            "help": "Rows that are longer. cut: without the response's end (rows whose prompt leaves no room are dropped); "
-            "error: stop.",
-            "choices": ["cut", "drop", "error"],
+            "metavar": "FILE",
+            "help": "Template in place of the model's own. A file with a Jinja template, as in a model's chat_template.jinja.",
         },
     )
-    empty: str = field(
-        default="error", metadata={"help": "Rows with an empty response. error: stop.", "choices": ["drop", "error"]}
-    )
-    no_boundary: str = field(
-        default="drop",
+    chat_template_kwargs: str | None = field(
+        default=None,
         metadata={
-            "help": "Prompts that are no prefix. Where prompt and response do not begin with the prompt's tokens, the response "
-            "has no certain beginning. error: stop.",
-            "choices": ["drop", "error"],
+            "metavar": "JSON",
+            "help": 'Its variables, as {"enable_thinking": false}. A JSON object, or keys below chat_template_kwargs in YAML.',
         },
     )
-    duplicates: str = field(
-        default="keep",
+    template_date: str | None = field(
+        default=None,
         metadata={
-            "help": "Exact duplicates. keep, or drop all but the first; error: stop.",
-            "choices": ["keep", "drop", "error"],
+            "metavar": "DAY",
+            "help": "Day that templates write as today's. YYYY-MM-DD. Default: the day on which the run began, which a resumed "
+            "run keeps.",
         },
     )
     pairing_ratio: float = field(
@@ -92,6 +89,27 @@ class Data:
     show_examples: int = field(
         default=2, metadata={"help": "Training rows printed at the start. They are shown with what the loss sees."}
     )
+
+
+def _rule(name: str) -> str:
+    rule = RULES[name]
+    metadata = {"help": f"{rule.kind}.", "choices": list(rule.choices)}
+    return cast(str, field(default=rule.choices[0], metadata=metadata))
+
+
+@dataclass
+class Rows:
+    """rows that are not as they should be"""
+
+    too_long: str = _rule("too_long")
+    empty: str = _rule("empty")
+    malformed: str = _rule("malformed")
+    no_boundary: str = _rule("no_boundary")
+    several_turns: str = _rule("several_turns")
+    template_refuses: str = _rule("template_refuses")
+    not_rendered: str = _rule("not_rendered")
+    already_rendered: str = _rule("already_rendered")
+    duplicates: str = _rule("duplicates")
 
 
 @dataclass
@@ -222,7 +240,7 @@ class Output:
     )
 
 
-GROUPS = (Data, Model, Objective, Training, LoRA, Output)
+GROUPS = (Data, Rows, Model, Objective, Training, LoRA, Output)
 # transformers' own that everyone uses, as --help shows them under a group: what stands behind the flag, and what it does
 THEIRS: dict[type, dict[str, tuple[str, str]]] = {
     Training: {
@@ -245,10 +263,13 @@ def help_text() -> str:
         usage="%(prog)s [--flag value ...]   (lower case: the default)",
         description=DESCRIPTION,
         add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35),
     )
     for options in GROUPS:
         group = parser.add_argument_group(options.__doc__ or "")
+        if options is Rows:  # a line for all
+            _add(group, " --".join(RULES), "", "Drop them, or stop, or what --help_all says")
+            continue
         for name, value, text in (*_rows(options), *((k, *row) for k, row in THEIRS.get(options, {}).items())):
             _add(group, name, value, text)
     group = parser.add_argument_group("more")

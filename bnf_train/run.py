@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from bnf_core import Objective
 from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
-from bnf_train.data import Collator, Row, digest, read_and_tokenize
+from bnf_train.data import Collator, Options, Row, Template, digest, read_and_tokenize
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head, can_pack
@@ -80,7 +80,10 @@ def _checkpoint(config: BNFConfig, console: Console) -> Path | None:
     if not resumes(config.resume_from_checkpoint):
         cli.check_new_folder(output)
     with config.main_process_first():
-        return checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
+        resumed = checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
+    if resumed:  # on another day templates write what they wrote
+        config.template_date = checkpoint.arguments_of(resumed).get("template_date") or config.template_date
+    return resumed
 
 
 def _read(config: BNFConfig, console: Console) -> _Rows:
@@ -123,7 +126,7 @@ def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrained
             torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
             config.per_device_eval_batch_size,
             cache=None if config.no_reference_cache else Path(config.reference_cache or ""),
-            template=rows.tokenizer.chat_template or "",
+            template=Template(rows.tokenizer, Options(**config.template_options())).fingerprint(),
             say=console.print,
             progress=not config.disable_tqdm,
         )

@@ -5,7 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -14,36 +14,36 @@ from bnf_train.data.card import card
 from bnf_train.data.read import has_splits, read_rows
 from bnf_train.data.rows import Row
 from bnf_train.data.show import show
+from bnf_train.data.template import Options
 from bnf_train.data.tokens import tokenize
 from bnf_train.errors import UsageError
 from bnf_train.rules import RULES, Rules
 
 
 class Choice(Protocol):
-    """What `read_and_tokenize` reads of a config: the flags of the same names."""
+    """What `read_and_tokenize` reads of a config: the flags of the same names, and RULES."""
 
     dataset: str | None
     eval_dataset: str | None
     eval_size: float
     max_length: int
-    too_long: str
-    empty: str
-    no_boundary: str
-    duplicates: str
     pairing_ratio: float
     show_examples: int
     seed: int
 
+    def template_options(self) -> dict[str, Any]: ...
+
 
 def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, console: Console) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, tokenised; what was cut or dropped is printed."""
-    rules = Rules(**{name: getattr(config, name, rule.choices[0]) for name, rule in RULES.items()})
+    rules = Rules(**{name: getattr(config, name) for name in RULES})
+    options = Options(**config.template_options())
 
     def tokenized(source: str, split: str) -> list[Row]:
         raw = read_rows(source, split)
         if not raw:
             return []
-        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules)
+        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options)
         for line in card(rows, counts, rules, source, split, config.max_length):
             console.print(line)
         return rows
