@@ -181,10 +181,7 @@ def check_same_run(folder: Path, arguments: Mapping[str, Any]) -> None:
     Raises:
       UsageError: one of SAME has another value than when the checkpoint `folder` was written.
     """
-    try:
-        then = json.loads((folder / ARGUMENTS).read_text())
-    except (OSError, ValueError):  # written by another trainer
-        return
+    then = arguments_of(folder)
     for name in SAME:
         before, now = then.get(name), arguments.get(name)
         if name in then and before != now:
