@@ -5,14 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bnf_train.errors import UsageError, one_line
+from bnf_train.errors import UsageError, one_line, telling
 
 
 def load_hub_dataset(name: str) -> Any:
     """All splits of a hub dataset, given as name or name:configuration."""
     if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise UsageError(
-            f"--dataset {name}: no such file; expected a .jsonl, .json, .parquet or .csv file, or a hub dataset's name."
+            f"--dataset {name}: no such file; expected a .jsonl, .json, .parquet, .arrow, .csv or .tsv file, "
+            "or a hub dataset's name."
         )
     offline_if_unreachable()
     import datasets  # slow to import, and not needed for local JSON
@@ -31,7 +32,7 @@ def why_not_fetched(error: BaseException) -> str:
     """The end of a sentence about something that the hub did not give."""
     if not offline_if_unreachable():
         return "the hub cannot be reached and nothing is cached"
-    return one_line(error, 300)
+    return one_line(telling(error), 300)
 
 
 @functools.cache
