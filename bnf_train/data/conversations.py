@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnf_train.data.read import RawRow, shown
-from bnf_train.data.values import list_or_text, messages_or_text
+from bnf_train.data.files import RawRow
+from bnf_train.data.values import label_or_value, list_or_text, messages_or_text, shown
 from bnf_train.rules import RowRefused
 
 Message = dict[str, Any]
@@ -107,10 +107,7 @@ def _sides(row: RawRow, where: str) -> tuple[list[tuple[str, Any, float]], set[s
 
 def _score(value: Any, name: str, where: str) -> float:
     """A label as 1 or -1; a score as it is."""
-    if isinstance(value, str):
-        value = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}.get(
-            value.strip().lower() if name == "label" else "", value
-        )
+    value = label_or_value(value) if name == "label" else value
     if name == "label":
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowRefused("malformed", f"{where}: label: expected true or false (or 1, 0), got {shown(value)}.")

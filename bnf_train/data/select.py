@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from bnf_train.data.card import card
-from bnf_train.data.read import has_splits, read_rows
+from bnf_train.data.read import has_splits, other_splits, read_rows
 from bnf_train.data.rows import Row
 from bnf_train.data.show import show
 from bnf_train.data.template import Options
@@ -56,6 +56,10 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
             raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
     else:
         held_out = tokenized(config.dataset, "test") if has_splits(config.dataset) else []
+    if unused := other_splits(config.dataset):
+        console.print(
+            f"{config.dataset}: splits that are not used: {', '.join(unused)} (--dataset {config.dataset}={unused[0]})."
+        )
     if not held_out:
         train_rows, held_out = split_by_prompt(train_rows, config.eval_size, config.seed)
     if config.pairing_ratio < 1:

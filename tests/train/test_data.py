@@ -1,13 +1,10 @@
 """From rows to token ids: what is response, what is prompt, and what is refused."""
 
-import csv
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +20,6 @@ from bnf_train.data import (
     Response,
     Row,
     Rules,
-    has_splits,
     mask_pairs,
     read_and_tokenize,
     read_rows,
@@ -479,116 +475,6 @@ def test_split_keeps_a_prompt_on_one_side(prompts: list[str], size: float, seed:
     assert train
     assert not {r.prompt for r in train} & {r.prompt for r in held_out}
     assert bool(held_out) == (size > 0 and round(size * len(rows) if size < 1 else size) > 0 and len(set(prompts)) > 1)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-ROWS = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": 'c\n"d", e', "completion": "None", "label": False}]
-CHAT = [{"chosen": [USER, WELL], "rejected": [USER, BADLY]}]
-
-
-def test_json_lines_may_hold_any_character(write_rows: Callable[..., Path]) -> None:
-    row = {"prompt": "a\u2028b\x85c", "completion": "d", "label": True}  # what str.splitlines would cut in two
-    assert read_rows(str(write_rows([row]))) == [row]
-
-
-@pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["text", "messages"])
-@pytest.mark.parametrize("suffix", ["json", "lines.json", "bom.jsonl", "PARQUET", "csv"])
-def test_file_formats(suffix: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif suffix == "lines.json":
-        path.write_text("\n" + "".join(json.dumps(row) + "\r\n" for row in rows))
-    elif suffix == "bom.jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
-    elif suffix == "csv":
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert read_rows(str(path)) == rows
-
-
-@pytest.mark.parametrize(("text", "label"), [("TRUE", True), ("0", False), ("1.0", True), (" false", False), ("yes", "yes")])
-def test_labels_of_csv_files(text: str, label: Any, tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text(f"id,label,completion,prompt\n7,{text},007,NA\n\n")
-    assert read_rows(str(path)) == [{"prompt": "NA", "completion": "007", "label": label}]  # neither a number nor missing
-
-
-@pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["text", "messages"])
-def test_folders_of_the_datasets_library(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    data = datasets.Dataset.from_list([row | {"other": 1} for row in rows])
-    one, splits, files = tmp_path / "one", tmp_path / "splits", tmp_path / "files"
-    data.save_to_disk(one)
-    datasets.DatasetDict({"train_prefs": data, "test_prefs": data.select([0]), "train_sft": data}).save_to_disk(splits)
-    (files / "data").mkdir(parents=True)
-    data.to_parquet(files / "data" / "train-00000-of-00001.parquet")
-    assert [has_splits(str(folder)) for folder in (one, splits, files)] == [False, True, True]
-    assert all(read_rows(str(folder)) == rows for folder in (one, splits, files))
-    assert read_rows(str(splits), "test") == rows[:1]
-    assert read_rows(str(files), "test") == []
-    datasets.DatasetDict({"dev": data}).save_to_disk(tmp_path / "dev")
-    with pytest.raises(UsageError, match="expected a split named train or train_prefs, got dev"):
-        read_rows(str(tmp_path / "dev"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="could not be read as a folder of the datasets library"):
-        read_rows(str(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.jsonl",
-            b'{"prompt": "a"}\n{"prompt": \n',
-            r"a.jsonl, line 2: expected a JSON object, got Expecting value \(column 12\)",
-        ),
-        ("a.jsonl", b'{"a": 1}\n\n[1, 2]\n', "a.jsonl, line 3: expected JSON objects, one a line, got a list"),
-        ("a.jsonl", b"", "expected JSON objects.*got no row"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9t\xe9"}', "a.jsonl, line 2: expected UTF-8, got the byte 0xe9"),
-        ("a.jsonl", "{}".encode("utf-16"), "a.jsonl, line 1: expected UTF-8, got the byte 0xff"),
-        ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1: expected a JSON object, got one nested too deeply"),
-        (
-            "a.jsonl",
-            b"{}\n" + b'{"a": ' + b"9" * 5000 + b"}",
-            "a.jsonl, line 2: expected a JSON object, got a number that is too",
-        ),
-        (
-            "a.json",
-            b'[\n{"prompt": "a"},\n{"b" 1}]',
-            r"a.json, line 3: expected a JSON list of rows, got Expecting ':' delimiter",
-        ),
-        ("a.json", b"3", "a.json: expected a JSON list of rows, got 3"),
-        ("a.json", b"[{}, null]", "a.json, row 2: expected JSON objects with the columns .* got null"),
-        ("a.csv", b"prompt;completion;label\na;b;1\n", "a.csv: expected the columns .*, got prompt;completion;label"),
-        ("a.csv", b'prompt,completion,label\n"a\nb",c,1\nd,e\n', "a.csv, line 4: expected 3 cells as in the header, got 2"),
-        ("a.csv", b'prompt,completion,label\na,"b,1\n', "a.csv, line 2: expected CSV, .* got unexpected end of data"),
-        ("a.csv", b"label,completion,label\n", "a.csv, line 1: expected each column once, got label more than once"),
-        ("a.csv", b"prompt,completion,label\n", "a.csv: expected .* got no row"),
-        ("a.parquet", b"PAR1", "a.parquet: could not be read as Parquet"),
-    ],
-)
-def test_damaged_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        read_rows(str(path))
-
-
-def test_wrong_columns_name_what_was_found(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"], "answer": ["b"]}), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"a.parquet: expected the columns \(prompt, chosen.* got question, answer\.$"):
-        read_rows(str(tmp_path / "a.parquet"))
-    for name, message in (("none.jsonl", "no such file"), ("none", "no such file"), ("https://x/y.jsonl", "download it first")):
-        with pytest.raises(UsageError, match=message):
-            read_rows(name if "://" in name else str(tmp_path / name))
 
 
 def test_packing_is_chosen_where_it_is_less_work() -> None:
