@@ -3,7 +3,7 @@
 from bnf_train.data.collate import Collator, model_inputs, packed, passes
 from bnf_train.data.read import has_splits, read_rows
 from bnf_train.data.rows import Counts, Response, Row
-from bnf_train.data.select import digest, mask_pairs, read_and_tokenize, split_by_prompt
+from bnf_train.data.select import check_ids, digest, mask_pairs, read_and_tokenize, split_by_prompt
 from bnf_train.data.template import Options, Template
 from bnf_train.data.tokens import tokenize
 from bnf_train.rules import RULES, RowRefused, Rules
@@ -18,6 +18,7 @@ __all__ = [
     "RowRefused",
     "Rules",
     "Template",
+    "check_ids",
     "digest",
     "has_splits",
     "mask_pairs",

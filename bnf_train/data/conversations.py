@@ -14,6 +14,7 @@ Message = dict[str, Any]
 SHAPES = "(prompt, chosen, rejected), (prompt, completion, label) or (prompt, completions, labels)"
 RESPONSES = ("chosen", "rejected", "completion", "completions")
 COLUMNS = ("prompt", "conversations", *RESPONSES, "label", "labels", "score", "scores", "system", "tools")
+MOST_SCORE = 100  # a score stands in place of +1 or -1: a larger one is of another kind
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles that templates know by others
 
 
@@ -35,6 +36,7 @@ class Conversation:
     pair: bool = False  # the answers are the two sides of a pair, the preferred one first
     text: bool = False  # the prompt is plain text, not messages
     used: set[str] = field(default_factory=set)  # columns
+    scored: bool = False  # the answers have scores of their own
 
 
 def to_conversation(row: RawRow, where: str) -> Conversation:
@@ -74,7 +76,8 @@ def to_conversation(row: RawRow, where: str) -> Conversation:
     pair = [name for name, _, _ in sides] == ["chosen", "rejected"]
     tools, more = _tools(row, where), used | {name for name in ("tools", "system") if row.get(name) is not None}
     more |= {name for name in ("prompt", "conversations") if raw_prompt is not None and row.get(name) is raw_prompt}
-    return Conversation(_with_system(row, prompt, where), answers, tools, pair, is_text, more)
+    scored = bool(used & {"score", "scores"})
+    return Conversation(_with_system(row, prompt, where), answers, tools, pair, is_text, more, scored)
 
 
 def _sides(row: RawRow, where: str) -> tuple[list[tuple[str, Any, float]], set[str]]:
@@ -116,8 +119,8 @@ def _score(value: Any, name: str, where: str) -> float:
         number = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
-        raise RowRefused("malformed", f"{where}: score: expected a finite number, got {shown(value)}.")
+    if not abs(number) <= MOST_SCORE:  # NaN is not
+        raise RowRefused("malformed", f"{where}: score: expected a finite number of at most {MOST_SCORE}, got {shown(value)}.")
     return number
 
 

@@ -9,12 +9,16 @@ from bnf_train.rules import RULES, Rules
 
 @dataclass
 class Response:
-    """One response with its prompt, as token ids; `ref_log_odds` is filled in by the reference pass."""
+    """One response with its prompt, as token ids; `ref_log_odds` is filled in by the reference pass.
+
+    `score` is what it counts in the loss in place of +1 or -1, with the sign of its label; None: +1 or -1.
+    """
 
     input_ids: list[int]
     prompt_length: int
     preferred: bool
     ref_log_odds: Tensor | None = None
+    score: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -23,11 +27,16 @@ class Response:
 
 @dataclass
 class Row:
-    """One row of the data: a pair of responses (preferred first), or a single one."""
+    """One row of the data: a pair of responses (preferred first), a single one, or any number to one prompt."""
 
     prompt: str
     responses: list[Response]
     number: int = 0  # in its source, from 1
+    group: bool = False  # any number of responses, of which no two are a pair
+
+    @property
+    def pair(self) -> bool:
+        return len(self.responses) == 2 and not self.group
 
 
 @dataclass
@@ -38,6 +47,7 @@ class Counts:
     left_out: dict[str, list[int]] = field(default_factory=dict)  # by rule
     cut: list[int] = field(default_factory=list)  # once for each response
     same_sides: list[int] = field(default_factory=list)
+    zero: list[int] = field(default_factory=list)  # once for each response
     rewritten: list[int] = field(default_factory=list)  # once for each response
     added: list[int] = field(default_factory=list)  # once for each response
     added_text: str = ""  # the first text that the template added
@@ -51,6 +61,7 @@ class Counts:
         said = {f"responses cut at the end (--too_long {rules['too_long']})": self.cut}
         said |= {f"{RULES[rule].drops} (--{rule} {rules[rule]})": numbers for rule, numbers in self.left_out.items()}
         said["pairs with the same response on both sides, from which there is nothing to learn"] = self.same_sides
+        said["responses left out because their score is 0"] = self.zero
         said["responses whose text the chat template would change; the text itself is trained on"] = self.rewritten
         said[
             f"responses to which the chat template adds text, {self.added_text!r} first, which is trained on, too "

@@ -63,9 +63,9 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
     if not held_out:
         train_rows, held_out = split_by_prompt(train_rows, config.eval_size, config.seed)
     if config.pairing_ratio < 1:
-        pairs = sum(len(row.responses) == 2 for row in train_rows)
+        pairs = sum(row.pair for row in train_rows)
         train_rows = mask_pairs(train_rows, config.pairing_ratio, config.seed)
-        left = sum(len(row.responses) == 2 for row in train_rows)
+        left = sum(row.pair for row in train_rows)
         console.print(
             f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {left} stay whole, "
             f"{pairs - left} lose one side at random (--seed {config.seed})."
@@ -78,7 +78,7 @@ def digest(rows: Iterable[Row]) -> str:
     """Of all that training sees of them, in their order."""
     content = hashlib.blake2b(digest_size=16)
     for row in rows:
-        content.update(repr([(r.input_ids, r.prompt_length, r.preferred) for r in row.responses]).encode())
+        content.update(repr([(r.input_ids, r.prompt_length, r.score or r.preferred) for r in row.responses]).encode())
     return content.hexdigest()
 
 
@@ -87,7 +87,7 @@ def mask_pairs(rows: list[Row], pairing_ratio: float, seed: int) -> list[Row]:
 
     Table 6 of the paper: the removed side is masked, so that the row is a single response.
     """
-    pairs = [i for i, row in enumerate(rows) if len(row.responses) == 2]
+    pairs = [i for i, row in enumerate(rows) if row.pair]
     draw = random.Random(seed)
     masked = set(draw.sample(pairs, round((1 - pairing_ratio) * len(pairs))))
     return [replace(row, responses=[draw.choice(row.responses)]) if i in masked else row for i, row in enumerate(rows)]
@@ -107,3 +107,20 @@ def split_by_prompt(rows: list[Row], size: float, seed: int) -> tuple[list[Row],
         held_out.add(prompt)
         taken += by_prompt[prompt]
     return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
+
+
+def check_ids(rows: Iterable[Row], embeddings: int, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """The model's embedding has a row for every token id.
+
+    Raises:
+      UsageError: it has not; one sentence that names row, token and what to do.
+    """
+    for row in rows:
+        for response in row.responses:
+            if (largest := max(response.input_ids)) >= embeddings:
+                token = tokenizer.decode([largest])
+                raise UsageError(
+                    f"{source}, row {row.number}: the tokenizer makes token id {largest} ({token}), and the model's embedding "
+                    f"has {embeddings:,} rows; use the tokenizer that belongs to the model, or give the model more rows with "
+                    "resize_token_embeddings and train them."
+                )

@@ -138,12 +138,7 @@ class Template:
                 "template_refuses", f"{where}: the model's chat template refuses this conversation ({one_line(error)})."
             ) from error
         for index in self.left_out(conversation):
-            message = messages[index]
-            raise RowRefused(
-                "not_rendered",
-                f"{where}: the model's chat template writes nothing of prompt message {index + 1} "
-                f"({message['role']}: {message['content'][:60]!r}).",
-            )
+            raise _not_rendered(messages[index], f"{where}: prompt message {index + 1}")
         return text
 
     def left_out(self, conversation: Conversation) -> list[int]:
@@ -154,12 +149,12 @@ class Template:
             bool(conversation.tools),
         )
         if shape not in self._left_out:
-            marked = [{**m, "content": f"{SENTINEL}{i}." if m["content"] else ""} for i, m in enumerate(messages)]
+            marked = [_marked(m, f"{SENTINEL}{i}.") for i, m in enumerate(messages)]
             try:
                 text = self(marked, conversation.tools)
+                self._left_out[shape] = [i for i, m in enumerate(marked) if not _writes(text, m)]
             except Exception:  # a template that looks at the text; the row itself was rendered
-                text = "".join(m["content"] for m in marked)
-            self._left_out[shape] = [i for i, m in enumerate(marked) if m["content"] not in text]
+                self._left_out[shape] = []
         return self._left_out[shape]
 
     def response(self, conversation: Conversation, message: Message, prompt: str, where: str) -> Written:
@@ -179,6 +174,8 @@ class Template:
             raise RowRefused(
                 "template_refuses", f"{where}: the model's chat template refuses this conversation ({one_line(error)})."
             ) from error
+        if not content and not _writes(text, message):
+            raise _not_rendered(message, f"{where}: response")
         own = _not_opened(content, prompt)  # what of it is still to be written
         rest = text[len(prompt) :] if text.startswith(prompt) else None
         if rest is not None and own == content and (at := _find(content, rest)) >= 0:
@@ -261,6 +258,27 @@ class Template:
         """All that rendering depends on beside the rows."""
         template = self._given if self._given is not None else self.tokenizer.chat_template
         return json.dumps([template, self.options], sort_keys=True, default=str)
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """With the mark in place of the text, and of the names of the functions that it calls."""
+    marked = {**message, "content": mark if message["content"] else ""}
+    if calls := message.get("tool_calls"):
+        marked["tool_calls"] = [
+            {**c, "function": {**c["function"], "name": mark}} if "function" in c else {**c, "name": mark} for c in calls
+        ]
+    return marked
+
+
+def _writes(text: str, message: Message) -> bool:
+    """Whether the text has the content of a message, and the names of the functions that it calls."""
+    names = [str(call.get("function", call).get("name", "")) for call in message.get("tool_calls", ())]
+    return all(part in text for part in (message["content"], *names))
+
+
+def _not_rendered(message: Message, where: str) -> RowRefused:
+    what = repr(message["content"][:60]) if message["content"] else "a tool call, which may be written as text instead"
+    return RowRefused("not_rendered", f"{where}: the model's chat template writes nothing of it ({message['role']}: {what}).")
 
 
 @functools.lru_cache

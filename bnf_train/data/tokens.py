@@ -96,6 +96,11 @@ class _Run:
         self._columns |= {name for name, value in raw.items() if value is not None}
         conversation = to_conversation(raw, where)
         self._used |= conversation.used
+        counted = [answer for answer in conversation.answers if answer.score]
+        self.counts.zero += [number] * (len(conversation.answers) - len(counted))
+        if not counted:
+            return None
+        conversation.answers = counted
         if self._is_duplicate(conversation, number, where):
             return None
         for message in (*conversation.prompt, *(answer.message for answer in conversation.answers)):
@@ -189,9 +194,12 @@ class _Run:
         kept = [(prompt + response)[: self.max_length] for response in responses]
         if conversation.pair and kept[0] == kept[1]:
             counts.same_sides.append(number)
-        sides = zip(kept, conversation.answers, strict=True)
         key = json.dumps([conversation.prompt, conversation.tools], sort_keys=True)
-        return Row(key, [Response(ids, len(prompt), answer.score > 0) for ids, answer in sides], number)
+        answers = [
+            Response(ids, len(prompt), answer.score > 0, score=answer.score if conversation.scored else None)
+            for ids, answer in zip(kept, conversation.answers, strict=True)
+        ]
+        return Row(key, answers, number, group=not conversation.pair and len(answers) > 1)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

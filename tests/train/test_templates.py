@@ -16,7 +16,7 @@ ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 CHATML = FOR + "{{ " + ROLES + " }}{% endfor %}" + ASKS
 
 
-def turn(role: str, text: str) -> dict[str, str]:
+def turn(role: str, text: str | None) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
@@ -198,16 +198,21 @@ def test_the_prompt_as_at_inference_then_the_response(marked: PreTrainedTokenize
         (
             CHATML.replace("{{ " + ROLES, "{{ '' if m['role'] not in ('user', 'assistant') else " + ROLES),
             [turn("developer", "Be brief."), USER],
-            r"writes nothing of prompt message 1 \(developer: 'Be brief\.'\); fix it, or pass --not_rendered drop",
+            r"writes nothing of it \(developer: 'Be brief\.'\); fix it, or pass --not_rendered drop",
         ),
         (
             "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}" + CHATML,
             [SYSTEM, USER],
             r"refuses this conversation \(no system messages\); fix it, or pass --template_refuses drop",
         ),
+        (
+            CHATML,
+            [USER, turn("assistant", None) | {"tool_calls": [CALL]}, turn("tool", "yes")],
+            r"writes nothing of it \(assistant: a tool call, which may be written as text instead\)",
+        ),
         (CHATML, HEAD, r"expected plain text, got the chat template's own <\|im_start\|> in it"),
     ],
-    ids=["a message left out", "refused", "already rendered"],
+    ids=["a message left out", "refused", "a call left out", "already rendered"],
 )
 def test_every_refusal_has_its_rule(marked: PreTrainedTokenizerFast, template: str, prompt: Any, message: str) -> None:
     marked.chat_template = template
@@ -217,7 +222,7 @@ def test_every_refusal_has_its_rule(marked: PreTrainedTokenizerFast, template: s
         tokenize(raw, marked, 1000, "x.jsonl")
     rows, counts = tokenize(raw, marked, 1000, "x.jsonl", Rules(**{rule: "drop"}))
     assert [row.number for row in rows] == [1]
-    assert counts == Counts(rows=2, left_out={rule: [2]})
+    assert counts == Counts(rows=2, left_out={rule: [2]}, unused=counts.unused)
     assert counts.sentences(Rules(**{rule: "drop"}))[0].endswith(f"(--{rule} drop): row 2")
 
 
