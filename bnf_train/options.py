@@ -57,6 +57,14 @@ class Data:
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt with response, in tokens."})
+    score_center: str = field(
+        default="none",
+        metadata={
+            "help": "What scores are counted from. mean: from the mean score of the responses to the same prompt, so that half "
+            "of them are pushed down; a response at the mean is left out.",
+            "choices": ["none", "mean"],
+        },
+    )
     chat_template: str | None = field(
         default=None,
         metadata={
@@ -68,7 +76,7 @@ class Data:
         default=None,
         metadata={
             "metavar": "JSON",
-            "help": 'Its variables, as {"enable_thinking": false}. A JSON object, or keys below chat_template_kwargs in YAML.',
+            "help": 'Its variables. A JSON object, such as {"enable_thinking": false}, or keys below chat_template_kwargs in YAML.',
         },
     )
     template_date: str | None = field(
@@ -126,7 +134,7 @@ class Model:
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "What weights are held in. bfloat16 needs an --optim that loses no update to rounding: "
+            "help": "Dtype of the weights. bfloat16 needs an --optim that loses no update to rounding: "
             + ", ".join(FOR_BF16_WEIGHTS),
             "choices": ["float32", "bfloat16"],
         },
@@ -249,8 +257,8 @@ THEIRS: dict[type, dict[str, tuple[str, str]]] = {
         "seed": ("42", "Of rows held out, their order, dropout"),
     },
     Output: {
-        "eval_strategy": ("no", "When to evaluate (no, epoch, steps: --eval_steps)"),
-        "save_strategy": ("steps", "When to save (no, epoch, steps: --save_steps)"),
+        "eval_strategy": ("no", "When to evaluate (no, epoch, steps)"),
+        "save_strategy": ("steps", "When to save (no, epoch, steps)"),
         "resume_from_checkpoint": ("FOLDER", "Go on with a checkpoint, or the last (auto)"),
     },
 }
@@ -266,9 +274,9 @@ def help_text() -> str:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35),
     )
     for options in GROUPS:
-        group = parser.add_argument_group(options.__doc__ or "")
-        if options is Rows:  # a line for all
-            _add(group, " --".join(RULES), "", "Drop them, or stop, or what --help_all says")
+        about = f"--{', --'.join(RULES)}: drop them, or stop (--help_all)" if options is Rows else None
+        group = parser.add_argument_group(options.__doc__ or "", about)
+        if about:  # a line for all
             continue
         for name, value, text in (*_rows(options), *((k, *row) for k, row in THEIRS.get(options, {}).items())):
             _add(group, name, value, text)

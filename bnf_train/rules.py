@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from bnf_train.errors import UsageError
-
 
 class Rule(NamedTuple):
     """What may become of rows of one kind: the flag of the same name takes one of `choices`, the first by default."""
@@ -51,30 +49,3 @@ RULES = {
     ),
     "duplicates": Rule(("keep", "drop", "error"), "Exact duplicates of a row before", "exact duplicates of a row before"),
 }
-
-
-class RowRefused(UsageError):
-    """A row that the rule of this name may leave out."""
-
-    def __init__(self, rule: str, message: str) -> None:
-        super().__init__(message)
-        self.rule = rule
-
-    def with_way_out(self) -> UsageError:
-        """For a rule that says `error`: the sentence, and how to go on without such rows."""
-        return UsageError(f"{str(self).rstrip('.')}; fix it, or pass --{self.rule} drop.")
-
-
-class Rules(dict[str, str]):
-    """What each rule does; flags have the same names.
-
-    >>> Rules(empty="drop")["empty"], Rules()["too_long"]
-    ('drop', 'cut')
-    """
-
-    def __init__(self, **chosen: str) -> None:
-        super().__init__({name: rule.choices[0] for name, rule in RULES.items()})
-        for name, choice in chosen.items():
-            if choice not in RULES[name].choices:
-                raise UsageError(f"--{name}: expected one of {', '.join(RULES[name].choices)}, got {choice}.")
-        self.update(chosen)

@@ -4,8 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from bnf_train.data.rows import Counts, Row
-from bnf_train.rules import Rules
+from bnf_train.data.rows import Counts, Row, Rules
 
 
 def card(rows: Sequence[Row], counts: Counts, rules: Rules, source: str, split: str, max_length: int) -> Iterator[str]:

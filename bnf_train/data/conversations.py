@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnf_train.data.files import RawRow
+from bnf_train.data.rows import RowRefused
 from bnf_train.data.values import label_or_value, list_or_text, messages_or_text, shown
-from bnf_train.rules import RowRefused
 
 Message = dict[str, Any]
 

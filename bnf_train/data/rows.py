@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from bnf_train.rules import RULES, Rules
+from bnf_train.errors import UsageError
+from bnf_train.rules import RULES
 
 
 @dataclass
@@ -37,6 +38,33 @@ class Row:
     @property
     def pair(self) -> bool:
         return len(self.responses) == 2 and not self.group
+
+
+class RowRefused(UsageError):
+    """A row that the rule of this name may leave out."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+    def with_way_out(self) -> UsageError:
+        """For a rule that says `error`: the sentence, and how to go on without such rows."""
+        return UsageError(f"{str(self).rstrip('.')}; fix it, or pass --{self.rule} drop.")
+
+
+class Rules(dict[str, str]):
+    """What each rule does; flags have the same names.
+
+    >>> Rules(empty="drop")["empty"], Rules()["too_long"]
+    ('drop', 'cut')
+    """
+
+    def __init__(self, **chosen: str) -> None:
+        super().__init__({name: rule.choices[0] for name, rule in RULES.items()})
+        for name, choice in chosen.items():
+            if choice not in RULES[name].choices:
+                raise UsageError(f"--{name}: expected one of {', '.join(RULES[name].choices)}, got {choice}.")
+        self.update(chosen)
 
 
 @dataclass

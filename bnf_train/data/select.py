@@ -2,7 +2,8 @@
 
 import hashlib
 import random
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -12,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_train.data.card import card
 from bnf_train.data.read import has_splits, other_splits, read_rows
-from bnf_train.data.rows import Row
+from bnf_train.data.rows import Row, Rules
 from bnf_train.data.show import show
 from bnf_train.data.template import Options
 from bnf_train.data.tokens import tokenize
 from bnf_train.errors import UsageError
-from bnf_train.rules import RULES, Rules
+from bnf_train.rules import RULES
 
 
 class Choice(Protocol):
@@ -28,6 +29,7 @@ class Choice(Protocol):
     eval_size: float
     max_length: int
     pairing_ratio: float
+    score_center: str
     show_examples: int
     seed: int
 
@@ -44,6 +46,8 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
         if not raw:
             return []
         rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options)
+        if config.score_center == "mean":
+            rows = center_scores(rows, source)
         for line in card(rows, counts, rules, source, split, config.max_length):
             console.print(line)
         return rows
@@ -80,6 +84,34 @@ def digest(rows: Iterable[Row]) -> str:
     for row in rows:
         content.update(repr([(r.input_ids, r.prompt_length, r.score or r.preferred) for r in row.responses]).encode())
     return content.hexdigest()
+
+
+def center_scores(rows: list[Row], source: str) -> list[Row]:
+    """Scores less the mean score of the responses to the same prompt; responses at the mean are left out.
+
+    Raises:
+      UsageError: no response has a score, or all are at the mean.
+
+    Example:
+      >>> from bnf_train.data import Response
+      >>> row = Row("p", [Response([1, 2], 1, True, score=s) for s in (1.0, 2.0, 6.0)])
+      >>> [(r.score, r.preferred) for r in center_scores([row], "x")[0].responses]
+      [(-2.0, False), (-1.0, False), (3.0, True)]
+    """
+    by_prompt: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_prompt[row.prompt] += [response.score for response in row.responses if response.score is not None]
+    if not any(by_prompt.values()):
+        raise UsageError(f"--score_center mean: expected scores in {source}, got labels: leave it out, or add a score column.")
+    centered = []
+    for row in rows:
+        mean = statistics.fmean(by_prompt[row.prompt] or [0.0])
+        shifted = [r if r.score is None else replace(r, score=r.score - mean, preferred=r.score > mean) for r in row.responses]
+        if left := [r for r in shifted if r.score is None or abs(r.score) > 1e-9]:
+            centered.append(replace(row, responses=left))
+    if not centered:
+        raise UsageError(f"--score_center mean: in {source} every score is the mean of its prompt's: nothing is left.")
+    return centered
 
 
 def mask_pairs(rows: list[Row], pairing_ratio: float, seed: int) -> list[Row]:

@@ -18,8 +18,8 @@ from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from bnf_train.data.conversations import Conversation, Message
+from bnf_train.data.rows import RowRefused
 from bnf_train.errors import UsageError, one_line
-from bnf_train.rules import RowRefused
 
 SENTINEL = "Qzxjv"  # a response that no template has a reason to change
 OPENED = re.compile(r"<[^<>\s]+>\s*$")  # a tag at the end of a prompt, such as <think>

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_train.data.conversations import Conversation, to_conversation
 from bnf_train.data.files import RawRow
-from bnf_train.data.rows import Counts, Response, Row
+from bnf_train.data.rows import Counts, Response, Row, RowRefused, Rules
 from bnf_train.data.template import Options, Template, Written
 from bnf_train.data.values import shown
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError
-from bnf_train.rules import RULES, RowRefused, Rules
+from bnf_train.rules import RULES
 
 CHUNK = 512  # rows that are tokenised at once
 
