@@ -76,7 +76,7 @@ class Data:
         default=None,
         metadata={
             "metavar": "JSON",
-            "help": 'Its variables. A JSON object, such as {"enable_thinking": false}, or keys below chat_template_kwargs in YAML.',
+            "help": 'Its variables. JSON, such as {"enable_thinking": false}, or keys below chat_template_kwargs in YAML.',
         },
     )
     template_date: str | None = field(
