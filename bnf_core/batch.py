@@ -26,6 +26,8 @@ class TokenBatch:
       pair: (responses,) id of the pair that each response is a side of, -1 where it has none; None: no pairs.
       ref_log_odds: (tokens,) log-odds of each token under the reference model, in nats; None where none is needed.
       entropy: (tokens,) entropy of the policy at each token, in nats, a constant; None: losses leave the term out.
+      score: (responses,) what each response counts in place of +1 or -1, its sign that of its label; None: +1 or -1. Not for
+        objectives of pairs.
 
     Raises:
       ValueError: wrong shape, dtype or device, or a response without a token (named by its row).
@@ -44,6 +46,7 @@ class TokenBatch:
     pair: Int[Tensor, " responses"] | None = None
     ref_log_odds: Float[Tensor, " tokens"] | None = None
     entropy: Float[Tensor, " tokens"] | None = None
+    score: Float[Tensor, " responses"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("response", "pair"):
@@ -61,6 +64,12 @@ class TokenBatch:
         for name in ("ref_log_odds", "entropy"):
             if (value := getattr(self, name)) is not None:
                 check_floating(name, value, tuple(self.response.shape))
+        if self.score is not None:
+            check_floating("score", self.score, (responses,))
+            if (wrong := ~self.score.isfinite() | ((self.score > 0) != preferred) & (self.score != 0)).any():
+                (at,) = first_position(wrong)
+                got = f"{float(self.score[at])} in row {at}"
+                raise ValueError(f"score: expected finite numbers with the sign of the label, got {got}.")
         check_same_device(**vars(self))
         if (bad := (self.response < 0) | (self.response >= responses)).any():
             (at,) = first_position(bad)
@@ -69,6 +78,17 @@ class TokenBatch:
             )
         if (empty := (self.lengths == 0).nonzero()).numel():
             raise ValueError(f"response: expected at least one token in every response, got none in row {int(empty[0])}.")
+
+    def weighted(self, losses: Float[Tensor, " responses"]) -> Float[Tensor, " responses"]:
+        """|score| * the loss of each response.
+
+        Example:
+          >>> import torch
+          >>> batch = TokenBatch(torch.tensor([0, 1]), torch.tensor([True, False]), score=torch.tensor([0.5, -2.0]))
+          >>> batch.weighted(torch.ones(2))
+          tensor([0.5000, 2.0000])
+        """
+        return losses if self.score is None else losses * self.score.abs().to(losses.dtype)
 
     @property
     def responses(self) -> int:

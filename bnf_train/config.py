@@ -1,5 +1,6 @@
 """What a run is made of: every flag of transformers.TrainingArguments, the project's own, and the paper's presets."""
 
+import datetime
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from transformers import SchedulerType, TrainingArguments
 from bnf_core import multiplies
 from bnf_train import demo
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError
-from bnf_train.options import FOR_BF16_WEIGHTS, Data, LoRA, Model, Objective, Output, Training
+from bnf_train.options import FOR_BF16_WEIGHTS, Data, LoRA, Model, Objective, Output, Rows, Training
 
 # Section 4 of the paper: the preference set and the learning rate of each base model. What all three share
 # (batch of 128 rows, 4096 tokens, AdamW, cosine with 10 % warm-up, one epoch) are BNFConfig's defaults.
@@ -49,7 +50,7 @@ _THEIRS = TrainingArguments.__dataclass_fields__
 
 
 @dataclass
-class BNFConfig(Output, LoRA, Training, Objective, Model, Data, TrainingArguments):
+class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingArguments):
     """TrainingArguments with the project's own flags (`options`), and the paper's set-up as defaults."""
 
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata=_THEIRS["lr_scheduler_type"].metadata)
@@ -75,12 +76,28 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Data, TrainingArgument
             self.bf16 = bf16_in_hardware(self.use_cpu) and not self.fp16
         cache = self.reference_cache or Path(huggingface_hub.constants.HF_HOME) / "bnf_train"
         self.reference_cache = str(Path(cache).expanduser())
+        self.template_date = self.template_date or datetime.date.today().isoformat()
         if self.output_dir is None:
             self.output_dir = str(_new_folder(Path("runs") / f"{_short_name(self.model)}-{self.objective.rpartition(':')[2]}"))
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
         self._set_accumulation(accumulate)
+
+    def template_options(self) -> dict[str, Any]:
+        """What `data.Options` takes.
+
+        Raises:
+          UsageError: --chat_template_kwargs is no JSON object.
+        """
+        text = self.chat_template_kwargs or "{}"
+        try:
+            kwargs = json.loads(text)
+        except ValueError:
+            kwargs = None
+        if not isinstance(kwargs, dict):
+            raise UsageError(f'--chat_template_kwargs {text}: expected a JSON object, such as {{"enable_thinking": false}}.')
+        return {"chat_template": self.chat_template, "chat_template_kwargs": kwargs, "date": self.template_date}
 
     def _check(self) -> None:
         """Raises UsageError for what transformers does not check."""
@@ -90,6 +107,7 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Data, TrainingArgument
         if self.streaming:
             raise UsageError(f"--streaming: not possible, because {WHY_NOT_STREAMED}; leave it out: rows are read from disk.")
         for name, good, expected in (
+            ("template_date", self.template_date is None or _is_day(self.template_date), "a day as YYYY-MM-DD"),
             ("max_length", self.max_length >= 2, "at least 2 tokens"),
             ("lora_r", self.lora_r >= 1, "a rank of at least 1"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "a share from 0 to below 1"),
@@ -162,6 +180,13 @@ def bf16_in_hardware(use_cpu: bool) -> bool:
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return multiplies(torch.bfloat16, "cpu")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def resumes(argument: str | bool | None) -> bool:

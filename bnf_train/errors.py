@@ -35,6 +35,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
+def telling(error: BaseException) -> BaseException:
+    """The outermost cause of an error that says what happened: libraries wrap them in "an error occurred"."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if (words := str(cause).strip()) and not words.lower().startswith("an error occurred"):
+            return cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return seen[-1]
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """What a library says of its failure, on one line without the stop at its end; its kind where it says nothing."""
     words = " ".join(str(error).split())[:most].rstrip(".") or type(error).__name__

@@ -7,14 +7,15 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from bnf_train.errors import UsageError, one_line
+from bnf_train.errors import UsageError, one_line, telling
 
 
 def load_hub_dataset(name: str) -> Any:
     """All splits of a hub dataset, given as name or name:configuration; from the cache where the hub does not answer."""
     if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise UsageError(
-            f"--dataset {name}: no such file; expected a .jsonl, .json, .parquet or .csv file, or a hub dataset's name."
+            f"--dataset {name}: no such file; expected a .jsonl, .json, .parquet, .arrow, .csv or .tsv file, "
+            "or a hub dataset's name."
         )
     repository, _, configuration = name.partition(":")
     try:
@@ -42,7 +43,7 @@ def why_not_fetched(error: BaseException) -> str:
     """The end of a sentence about something that the hub did not give."""
     if not reachable():
         return "the hub cannot be reached and nothing is cached"
-    return one_line(error, 300)
+    return one_line(telling(error), 300)
 
 
 @functools.cache

@@ -7,9 +7,10 @@ that --help shows; --help_all shows all of it. What is no default of a flag's ow
 import argparse
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from bnf_train import demo
+from bnf_train.rules import RULES
 
 PROG = "python -m bnf_train"
 DESCRIPTION = (
@@ -56,30 +57,34 @@ class Data:
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt with response, in tokens."})
-    too_long: str = field(
-        default="cut",
+    score_center: str = field(
+        default="none",
         metadata={
-            "help": "Rows that are longer. cut: without the response's end (rows whose prompt leaves no room are dropped); "
-            "error: stop.",
-            "choices": ["cut", "drop", "error"],
+            "help": "What scores are counted from. mean: from the mean score of the responses to the same prompt, so that half "
+            "of them are pushed down; a response at the mean is left out.",
+            "choices": ["none", "mean"],
         },
     )
-    empty: str = field(
-        default="error", metadata={"help": "Rows with an empty response. error: stop.", "choices": ["drop", "error"]}
-    )
-    no_boundary: str = field(
-        default="drop",
+    chat_template: str | None = field(
+        default=None,
         metadata={
-            "help": "Prompts that are no prefix. Where prompt and response do not begin with the prompt's tokens, the response "
-            "has no certain beginning. error: stop.",
-            "choices": ["drop", "error"],
+            "metavar": "FILE",
+            "help": "Template in place of the model's own. A file with a Jinja template, as in a model's chat_template.jinja.",
         },
     )
-    duplicates: str = field(
-        default="keep",
+    chat_template_kwargs: str | None = field(
+        default=None,
         metadata={
-            "help": "Exact duplicates. keep, or drop all but the first; error: stop.",
-            "choices": ["keep", "drop", "error"],
+            "metavar": "JSON",
+            "help": 'Its variables. JSON, such as {"enable_thinking": false}, or keys below chat_template_kwargs in YAML.',
+        },
+    )
+    template_date: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "DAY",
+            "help": "Day that templates write as today's. YYYY-MM-DD. Default: the day on which the run began, which a resumed "
+            "run keeps.",
         },
     )
     pairing_ratio: float = field(
@@ -92,6 +97,27 @@ class Data:
     show_examples: int = field(
         default=2, metadata={"help": "Training rows printed at the start. They are shown with what the loss sees."}
     )
+
+
+def _rule(name: str) -> str:
+    rule = RULES[name]
+    metadata = {"help": f"{rule.kind}.", "choices": list(rule.choices)}
+    return cast(str, field(default=rule.choices[0], metadata=metadata))
+
+
+@dataclass
+class Rows:
+    """rows that are not as they should be"""
+
+    too_long: str = _rule("too_long")
+    empty: str = _rule("empty")
+    malformed: str = _rule("malformed")
+    no_boundary: str = _rule("no_boundary")
+    several_turns: str = _rule("several_turns")
+    template_refuses: str = _rule("template_refuses")
+    not_rendered: str = _rule("not_rendered")
+    already_rendered: str = _rule("already_rendered")
+    duplicates: str = _rule("duplicates")
 
 
 @dataclass
@@ -108,7 +134,7 @@ class Model:
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "What weights are held in. bfloat16 needs an --optim that loses no update to rounding: "
+            "help": "Dtype of the weights. bfloat16 needs an --optim that loses no update to rounding: "
             + ", ".join(FOR_BF16_WEIGHTS),
             "choices": ["float32", "bfloat16"],
         },
@@ -222,7 +248,7 @@ class Output:
     )
 
 
-GROUPS = (Data, Model, Objective, Training, LoRA, Output)
+GROUPS = (Data, Rows, Model, Objective, Training, LoRA, Output)
 # transformers' own that everyone uses, as --help shows them under a group: what stands behind the flag, and what it does
 THEIRS: dict[type, dict[str, tuple[str, str]]] = {
     Training: {
@@ -231,8 +257,8 @@ THEIRS: dict[type, dict[str, tuple[str, str]]] = {
         "seed": ("42", "Of rows held out, their order, dropout"),
     },
     Output: {
-        "eval_strategy": ("no", "When to evaluate (no, epoch, steps: --eval_steps)"),
-        "save_strategy": ("steps", "When to save (no, epoch, steps: --save_steps)"),
+        "eval_strategy": ("no", "When to evaluate (no, epoch, steps)"),
+        "save_strategy": ("steps", "When to save (no, epoch, steps)"),
         "resume_from_checkpoint": ("FOLDER", "Go on with a checkpoint, or the last (auto)"),
     },
 }
@@ -245,10 +271,13 @@ def help_text() -> str:
         usage="%(prog)s [--flag value ...]   (lower case: the default)",
         description=DESCRIPTION,
         add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35),
     )
     for options in GROUPS:
-        group = parser.add_argument_group(options.__doc__ or "")
+        about = f"--{', --'.join(RULES)}: drop them, or stop (--help_all)" if options is Rows else None
+        group = parser.add_argument_group(options.__doc__ or "", about)
+        if about:  # a line for all
+            continue
         for name, value, text in (*_rows(options), *((k, *row) for k, row in THEIRS.get(options, {}).items())):
             _add(group, name, value, text)
     group = parser.add_argument_group("more")

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from bnf_core import Objective
 from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
-from bnf_train.data import Collator, Row, digest, read_and_tokenize
+from bnf_train.data import Collator, Options, Row, Template, check_ids, digest, read_and_tokenize
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head, can_pack
@@ -80,7 +80,10 @@ def _checkpoint(config: BNFConfig, console: Console) -> Path | None:
     if not resumes(config.resume_from_checkpoint):
         cli.check_new_folder(output)
     with config.main_process_first():
-        return checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
+        resumed = checkpoint.to_resume(config.resume_from_checkpoint, output, console.print, config.should_save)
+    if resumed:  # on another day templates write what they wrote
+        config.template_date = checkpoint.arguments_of(resumed).get("template_date") or config.template_date
+    return resumed
 
 
 def _read(config: BNFConfig, console: Console) -> _Rows:
@@ -101,7 +104,7 @@ def _read(config: BNFConfig, console: Console) -> _Rows:
 
 def _objective(config: BNFConfig, rows: _Rows) -> tuple[Objective, bool]:
     objective, pairwise = objectives.resolve(config.objective, config.hyperparameters)
-    if pairwise and any(len(row.responses) == 1 for row in rows.train + rows.held_out):
+    if pairwise and any(not row.pair for row in rows.train + rows.held_out):
         raise UsageError(
             f"--objective {config.objective} compares the two sides of a pair, and {config.dataset} has single responses; "
             "use --objective bnf, or rows with prompt, chosen, rejected."
@@ -112,7 +115,7 @@ def _objective(config: BNFConfig, rows: _Rows) -> tuple[Objective, bool]:
 def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrainedModel, Collator, float]:
     """Fills in the rows' reference log-odds; the policy, the collator that it can do with, and the seconds that it took."""
     distributed.load_in_float32(config)
-    model, collator = _with_head(config, config.ref_model or config.model, rows.tokenizer, console)
+    model, collator = _with_head(config, config.ref_model or config.model, rows, console)
     started = time.perf_counter()
     with distributed.gathered(model):
         add_ref_log_odds(
@@ -123,7 +126,7 @@ def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrained
             torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
             config.per_device_eval_batch_size,
             cache=None if config.no_reference_cache else Path(config.reference_cache or ""),
-            template=rows.tokenizer.chat_template or "",
+            template=Template(rows.tokenizer, Options(**config.template_options())).fingerprint(),
             say=console.print,
             progress=not config.disable_tqdm,
         )
@@ -131,17 +134,17 @@ def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrained
     if config.ref_model:
         del model
         gc.collect()  # it refers to itself; gone before the policy is loaded, so that there is never room needed for two
-        model, collator = _with_head(config, config.model, rows.tokenizer, console)
+        model, collator = _with_head(config, config.model, rows, console)
     return model, collator, seconds
 
 
-def _with_head(
-    config: BNFConfig, name: str, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[PreTrainedModel, Collator]:
+def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> tuple[PreTrainedModel, Collator]:
     """The model `name` with the log-odds head, and the collator that it can do with."""
     flag = "--model" if name == config.model else "--ref_model"
     model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config), flag)
     with distributed.gathered(model):
+        embeddings = len(model.get_input_embeddings().weight)
+        check_ids(rows.train + rows.held_out, embeddings, rows.tokenizer, str(config.dataset))
         if config.packing:
             attend_varlen(model)
         attach_log_odds_head(model)
@@ -150,7 +153,9 @@ def _with_head(
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
     if config.torch_compile:
         distributed.compile_layers(model, config.torch_compile_backend, config.torch_compile_mode)
-    return model, Collator(tokenizer.pad_token_id, packed, attention_width(model))
+    pad = int(rows.tokenizer.pad_token_id or 0)
+    # which token pads plays no part, so long as there is such a one
+    return model, Collator(pad if pad < embeddings else 0, packed, attention_width(model))
 
 
 def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console: Console) -> None:

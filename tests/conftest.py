@@ -56,7 +56,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# files of few and long tests: begun first, so that no worker waits for them at the end
+LONG = (
+    "gpu_kernels",
+    "plan",
+    "scale_out",
+    "compare",
+    "trainer",
+    "resume",
+    "head_sizes",
+    "examples",
+    "children",
+    "every_objective",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(LONG)))  # stable: files stay whole
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar, get_args, overload
 
 from jaxtyping import Float
@@ -48,6 +48,7 @@ class ObjectiveSpec:
         PairLogps -> (C_w, C_l), or, where `weights_tokens`, (log_odds, batch) -> (tokens,).
       weights_tokens: the constraint differs from token to token.
       token_loss: of one per token, (log_odds, sign), and ref_log_odds if `reference`, -> the loss of each token.
+      described: by the decorator, not guessed.
 
     Example:
       >>> from bnf_core import OBJECTIVES
@@ -62,6 +63,7 @@ class ObjectiveSpec:
     constraint: Constraint | None = None
     weights_tokens: bool = False
     token_loss: TokenLoss | None = None
+    described: bool = True
 
     def weighted_token_loss(
         self,
@@ -78,7 +80,7 @@ class ObjectiveSpec:
     def per_token(self, batch: TokenBatch, scale: float | Tensor) -> tuple[Tensor, ...]:
         """sign and weight of each token, and ref_log_odds if the loss needs them: its sum is scale * the sum of losses."""
         sign = batch.sign if batch.ref_log_odds is None else batch.sign.to(wide(batch.ref_log_odds).dtype)
-        weight = scale / batch.lengths.to(sign.dtype)
+        weight = batch.weighted(scale / batch.lengths.to(sign.dtype))
         constants = sign[batch.response], weight[batch.response]
         return (*constants, _ref_log_odds(batch, "this objective")) if self.reference else constants
 
@@ -113,7 +115,8 @@ def objective(
     """Decorator that says what an objective is; one per token is written as the loss of a token.
 
     A loss per token, L(l, s[, l_ref]), becomes the objective 1 / |y| sum_t L of each response, and trains in one pass
-    through the head, three matrix products in place of four. s is +1 in a preferred response, -1 in a dispreferred one.
+    through the head, three matrix products in place of four. s is +1 in a preferred response, -1 in a dispreferred one. A
+    loss that is not of pairs is weighted by |batch.score| where the batch has scores.
 
     Args:
       per: "token", "response" or "pair".
@@ -147,6 +150,8 @@ def objective(
         spec = ObjectiveSpec(per, reference, constraint, weights_tokens or per == "token")
         if per == "token":
             spec, function = replace(spec, token_loss=function), _mean_over_tokens(function, reference, constant)
+        elif per == "response":
+            function = _weighted(function)
         vars(function)["objective_spec"] = spec
         if listed:
             _list(function, spec)
@@ -174,7 +179,7 @@ def objective_spec(objective: Objective) -> ObjectiveSpec:
             token_loss=spec.token_loss and bind(spec.token_loss),
         )
     said: ObjectiveSpec | None = getattr(objective, "objective_spec", None)
-    return said or ObjectiveSpec("pair" if getattr(objective, "pairwise", False) is True else "response")
+    return said or ObjectiveSpec("pair" if getattr(objective, "pairwise", False) is True else "response", described=False)
 
 
 def _list(function: Objective, spec: ObjectiveSpec) -> None:
@@ -182,6 +187,16 @@ def _list(function: Objective, spec: ObjectiveSpec) -> None:
     OBJECTIVES[name] = (PAIRWISE if spec.per == "pair" else UNPAIRED)[name] = function
     if spec.per == "pair" and not spec.weights_tokens and spec.constraint is not None:
         CONSTRAINTS[name] = spec.constraint
+
+
+def _weighted(function: Objective) -> Objective:
+    """The objective times what each response counts."""
+
+    @wraps(function)
+    def losses(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, **hyper: Any) -> Float[Tensor, " responses"]:
+        return batch.weighted(function(log_odds, batch, **hyper))
+
+    return losses
 
 
 def _mean_over_tokens(token_loss: TokenLoss, reference: bool, constant: TokenLoss | None) -> Objective:
@@ -200,7 +215,7 @@ def _mean_over_tokens(token_loss: TokenLoss, reference: bool, constant: TokenLos
             raise ValueError(f"{name}: expected one loss for each of {len(log_odds)} tokens, got {describe(values)}.")
         if constant is not None and batch.entropy is not None:
             values = values + constant(log_odds.detach(), *constants, batch.entropy.detach().to(log_odds.dtype))
-        return batch.mean(values)
+        return batch.weighted(batch.mean(values))
 
     hyper = [p for p in inspect.signature(token_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
     arguments = [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in ("log_odds", "batch")]

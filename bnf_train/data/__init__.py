@@ -2,16 +2,23 @@
 
 from bnf_train.data.collate import Collator, model_inputs, packed, passes
 from bnf_train.data.read import has_splits, read_rows
-from bnf_train.data.rows import Counts, Response, Row, Rules
-from bnf_train.data.select import digest, mask_pairs, read_and_tokenize, split_by_prompt
-from bnf_train.data.tokenize import tokenize
+from bnf_train.data.rows import Counts, Response, Row, RowRefused, Rules
+from bnf_train.data.select import check_ids, digest, mask_pairs, read_and_tokenize, split_by_prompt
+from bnf_train.data.template import Options, Template
+from bnf_train.data.tokens import tokenize
+from bnf_train.rules import RULES
 
 __all__ = [
+    "RULES",
     "Collator",
     "Counts",
+    "Options",
     "Response",
     "Row",
+    "RowRefused",
     "Rules",
+    "Template",
+    "check_ids",
     "digest",
     "has_splits",
     "mask_pairs",

@@ -13,7 +13,7 @@ from bnf_train.data.rows import Row
 # what `forward` takes of a batch: a padded one has attention_mask, a packed one position_ids and cu_seq_lens
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "response_positions", "response_labels")
 
-PER_RESPONSE = ("preferred", "row", "paired", "number")
+PER_RESPONSE = ("preferred", "row", "paired", "number", "score")
 PER_TOKEN = ("response_positions", "response_labels", "response", "ref_log_odds")
 
 WORTH_PACKING = 1.1  # times as much work with padding as without
@@ -73,7 +73,8 @@ class Collator:
             "response": torch.arange(len(responses)).repeat_interleave(torch.tensor(tokens, dtype=torch.long)),
             "preferred": torch.tensor([r.preferred for r in responses], dtype=torch.bool),
             "row": torch.tensor([i for i, row in enumerate(rows) for _ in row.responses], dtype=torch.long),
-            "paired": torch.tensor([len(row.responses) == 2 for row in rows for _ in row.responses], dtype=torch.bool),
+            "paired": torch.tensor([row.pair for row in rows for _ in row.responses], dtype=torch.bool),
+            "score": torch.tensor([r.score or (1.0 if r.preferred else -1.0) for r in responses]),
             "number": torch.tensor([row.number for row in rows for _ in row.responses], dtype=torch.long),
         }
         if all(r.ref_log_odds is not None for r in responses):

@@ -1,75 +1,150 @@
 """Which messages of a row are prompt and which are response, whatever its shape."""
 
+import json
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
-from bnf_train.data.read import SHAPES, RawRow, shown
-from bnf_train.errors import UsageError
+from bnf_train.data.files import RawRow
+from bnf_train.data.rows import RowRefused
+from bnf_train.data.values import label_or_value, list_or_text, messages_or_text, shown
 
 Message = dict[str, Any]
-Sides = list[tuple[Message, bool]]  # each response and whether it is preferred
+
+SHAPES = "(prompt, chosen, rejected), (prompt, completion, label) or (prompt, completions, labels)"
+RESPONSES = ("chosen", "rejected", "completion", "completions")
+COLUMNS = ("prompt", "conversations", *RESPONSES, "label", "labels", "score", "scores", "system", "tools")
+MOST_SCORE = 100  # a score stands in place of +1 or -1: a larger one is of another kind
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles that templates know by others
 
 
-class RowRefused(UsageError):
-    """A row that a rule may leave out."""
+@dataclass
+class Answer:
+    """One response: its message, and its weight in the loss: 1 where preferred, -1 where not, or the row's own score."""
 
-    def __init__(self, rule: str, message: str) -> None:
-        super().__init__(message)
-        self.rule = rule
+    message: Message
+    score: float
 
 
-def to_conversations(row: RawRow, where: str) -> tuple[list[Message], Sides]:
-    """Prompt messages, and each response message with its label (a pair's preferred one first).
+@dataclass
+class Conversation:
+    """A row before any template."""
+
+    prompt: list[Message]
+    answers: list[Answer]
+    tools: list[Any] | None = None
+    pair: bool = False  # the answers are the two sides of a pair, the preferred one first
+    text: bool = False  # the prompt is plain text, not messages
+    used: set[str] = field(default_factory=set)  # columns
+    scored: bool = False  # the answers have scores of their own
+
+
+def to_conversation(row: RawRow, where: str) -> Conversation:
+    """The row in one form, whatever its shape.
 
     Raises:
-      RowRefused: a response is empty, or where the prompt ends is not certain.
-      UsageError: the row has neither shape.
+      RowRefused: the row has no known shape, a response is empty, or where the prompt ends is not certain.
     """
-    labels = _labels(row, where)
-    turns = {name: _messages(row[name], "assistant", f"{where}: {name}") for name in labels}
-    prompt = [] if row.get("prompt") is None else _messages(row["prompt"], "user", f"{where}: prompt")
-    if not any(message["content"].strip() for message in prompt):
-        prompt = []
-    if all(len(messages) > 1 for messages in turns.values()):  # whole conversations: what they share is the prompt
-        shared = _shared(list(turns.values()))
-        texts = {message["content"].strip() for message in shared}
-        if any(message["content"].strip() not in texts for message in prompt):
-            raise RowRefused("no_boundary", f"{where}: prompt: expected a part of the conversations beside it, got other text.")
-        prompt = shared
-        turns = {name: messages[len(shared) :] for name, messages in turns.items()}
-        if any(len(messages) > 1 for messages in turns.values()):
-            differ = " and ".join(str(len(messages)) for messages in turns.values())
-            raise RowRefused(
-                "no_boundary",
-                f"{where}: expected conversations that differ in their last message only, got {differ} messages "
-                f"after the {len(shared)} that they share.",
-            )
+    sides, used = _sides(row, where)
+    turns = [_messages(value, "assistant", f"{where}: {name}") for name, value, _ in sides]
+    raw_prompt = row.get("prompt") if row.get("prompt") is not None else row.get("conversations")
+    prompt = [] if raw_prompt is None else _messages(raw_prompt, "user", f"{where}: prompt")
+    is_text = isinstance(raw_prompt, str) and len(prompt) == 1 and prompt[0]["content"] == raw_prompt
+    if not any(m["content"].strip() or m.get("tool_calls") for m in prompt):
+        prompt, is_text = [], False
+    if all(len(messages) > 1 for messages in turns) and not (prompt and _begin_apart(turns, prompt)):
+        prompt, turns = _whole_conversations(prompt, turns, where)  # whole conversations: what they share is the prompt
     if not prompt:
-        raise UsageError(f"{where}: expected a prompt, got none: add a prompt column, or the messages before the response.")
-    for name, messages in turns.items():
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
-            raise UsageError(
-                f"{where}: {name}: expected one assistant message after a shared prompt, "
-                f"got the roles {', '.join(shown(m['role']) for m in messages) or 'of no message'}."
+        raise RowRefused(
+            "malformed", f"{where}: expected a prompt, got none: add a prompt column, or the messages before the response."
+        )
+    for (name, _, _), messages in zip(sides, turns, strict=True):
+        if len(messages) > 1 and messages[0]["role"] == "assistant":
+            raise RowRefused(
+                "several_turns",
+                f"{where}: {name}: a response of {len(messages)} messages, and responses of several turns are not supported.",
             )
-        if not messages[0]["content"].strip():
-            raise RowRefused("empty", f"{where}: {name}: expected a response, got an empty one: fix it, or pass --empty drop.")
-    return prompt, [(turns[name][0], label) for name, label in labels.items()]
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise RowRefused(
+                "malformed",
+                f"{where}: {name}: expected one assistant message after a shared prompt, "
+                f"got the roles {', '.join(shown(m['role']) for m in messages) or 'of no message'}.",
+            )
+        if not messages[0]["content"].strip() and not messages[0].get("tool_calls"):
+            raise RowRefused("empty", f"{where}: {name}: expected a response, got an empty one.")
+    answers = [Answer(messages[0], score) for messages, (_, _, score) in zip(turns, sides, strict=True)]
+    pair = [name for name, _, _ in sides] == ["chosen", "rejected"]
+    tools, more = _tools(row, where), used | {name for name in ("tools", "system") if row.get(name) is not None}
+    more |= {name for name in ("prompt", "conversations") if raw_prompt is not None and row.get(name) is raw_prompt}
+    scored = bool(used & {"score", "scores"})
+    return Conversation(_with_system(row, prompt, where), answers, tools, pair, is_text, more, scored)
 
 
-def _labels(row: RawRow, where: str) -> dict[str, bool]:
-    """The columns that hold responses, each with its label; a column without a value in this row does not count."""
-    given = [name for name in ("chosen", "rejected", "completion") if row.get(name) is not None]
-    if "completion" in given and len(given) > 1:  # a table with the columns of both shapes may have empty cells
-        given = [name for name in given if row[name] != ""]
+def _sides(row: RawRow, where: str) -> tuple[list[tuple[str, Any, float]], set[str]]:
+    """(name, value, score) of each response, and the columns that say so; a column without a value does not count."""
+    given = [name for name in RESPONSES if row.get(name) is not None]
+    if len(given) > 1 and ("completion" in given or "completions" in given):
+        given = [name for name in given if row[name] != ""]  # a table with columns of several shapes may have empty cells
     if given == ["chosen", "rejected"]:
-        return {"chosen": True, "rejected": False}
-    if given != ["completion"]:
-        got = ", ".join(given or [shown(name)[1:-1] for name in list(row)[:10] if row[name] is not None]) or "none"
-        raise UsageError(f"{where}: expected the columns {SHAPES}, got {got}.")
-    label = row.get("label")
-    if not isinstance(label, (bool, int, float)) or label not in (0, 1):
-        raise UsageError(f"{where}: label: expected true or false (or 1, 0), got {shown(label)}.")
-    return {"completion": bool(label)}
+        return [("chosen", row["chosen"], 1.0), ("rejected", row["rejected"], -1.0)], {"chosen", "rejected"}
+    if given == ["completion"]:
+        name = "label" if row.get("label") is not None or row.get("score") is None else "score"
+        return [("completion", row["completion"], _score(row.get(name), name, where))], {"completion", name}
+    if given == ["completions"]:
+        name = "labels" if row.get("labels") is not None or row.get("scores") is None else "scores"
+        responses, values = list_or_text(row["completions"]), list_or_text(row.get(name))
+        if not isinstance(responses, list) or not isinstance(values, list) or len(responses) != len(values):
+            lengths = [len(x) if isinstance(x, list) else shown(x) for x in (responses, values)]
+            raise RowRefused(
+                "malformed",
+                f"{where}: completions, {name}: expected two lists of one length, got {lengths[0]} and {lengths[1]}.",
+            )
+        sides = [
+            (f"completions {i}", response, _score(value, name.rstrip("s"), f"{where}, completion {i}"))
+            for i, (response, value) in enumerate(zip(responses, values, strict=True), 1)
+        ]
+        return sides, {"completions", name}
+    got = ", ".join(given or [shown(name)[1:-1] for name in list(row)[:10] if row[name] is not None]) or "none"
+    raise RowRefused("malformed", f"{where}: expected the columns {SHAPES}, got {got}.")
+
+
+def _score(value: Any, name: str, where: str) -> float:
+    """A label as 1 or -1; a score as it is."""
+    value = label_or_value(value) if name == "label" else value
+    if name == "label":
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RowRefused("malformed", f"{where}: label: expected true or false (or 1, 0), got {shown(value)}.")
+        return 1.0 if value else -1.0
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not abs(number) <= MOST_SCORE:  # NaN is not
+        raise RowRefused("malformed", f"{where}: score: expected a finite number of at most {MOST_SCORE}, got {shown(value)}.")
+    return number
+
+
+def _begin_apart(turns: list[list[Message]], prompt: list[Message]) -> bool:
+    """Whether responses of several messages go on after the prompt beside them, in place of repeating it."""
+    return all(messages[0]["role"] == "assistant" and messages[0] != prompt[0] for messages in turns)
+
+
+def _whole_conversations(
+    prompt: list[Message], turns: list[list[Message]], where: str
+) -> tuple[list[Message], list[list[Message]]]:
+    shared = _shared(turns)
+    texts = {message["content"].strip() for message in shared}
+    if any(message["content"].strip() not in texts for message in prompt):
+        raise RowRefused("no_boundary", f"{where}: prompt: expected a part of the conversations beside it, got other text.")
+    rest = [messages[len(shared) :] for messages in turns]
+    if any(len(messages) > 1 for messages in rest):
+        differ = " and ".join(str(len(messages)) for messages in rest)
+        raise RowRefused(
+            "several_turns",
+            f"{where}: expected conversations that differ in their last message only, got {differ} messages "
+            f"after the {len(shared)} that they share.",
+        )
+    return shared, rest
 
 
 def _shared(conversations: list[list[Message]]) -> list[Message]:
@@ -82,19 +157,96 @@ def _shared(conversations: list[list[Message]]) -> list[Message]:
     return conversations[0][: min(shared, min(map(len, conversations)) - 1)]
 
 
+def _with_system(row: RawRow, prompt: list[Message], where: str) -> list[Message]:
+    """The prompt behind the text of a `system` column."""
+    system = row.get("system")
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return prompt
+    if not isinstance(system, str):
+        raise RowRefused("malformed", f"{where}: system: expected text, got {shown(system)}.")
+    if prompt[0]["role"] == "system":
+        if prompt[0]["content"].strip() == system.strip():
+            return prompt
+        raise RowRefused("malformed", f"{where}: system: expected no system message in the prompt beside it, got another one.")
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _tools(row: RawRow, where: str) -> list[Any] | None:
+    tools = list_or_text(row.get("tools"))
+    if tools is None or tools in ("", []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowRefused("malformed", f"{where}: tools: expected a list of JSON schemas, got {shown(row['tools'])}.")
+    return [_without_nothing(tool) for tool in tools]
+
+
+def _without_nothing(value: Any) -> Any:
+    """Without the nulls that a table of structs fills in for keys that a schema does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nothing(v) for key, v in value.items() if v is not None}
+    return [_without_nothing(v) for v in value] if isinstance(value, list) else value
+
+
 def _messages(value: Any, role: str, where: str) -> list[Message]:
-    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
+    value = messages_or_text(value)
+    if isinstance(value, str):
+        return [{"role": role, "content": _text(value, where)}]
+    messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise UsageError(f"{where}: expected text or a list of {{role, content}} messages, got {shown(value)}.")
-    for number, message in enumerate(messages, 1):
-        for key in ("role", "content"):
-            if not isinstance(text := message.get(key), str):
-                got = f"{shown(text) if key in message else 'none'} as the {key} of message {number}"
-                raise UsageError(f"{where}: expected text or a list of {{role, content}} messages, got {got}.")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UsageError(f"{where}: expected text, got half a character ({shown(text[error.start])}).") from error
-        if message.get("tool_calls"):
-            raise UsageError(f"{where}: expected messages of text, got tool calls in message {number}: write them as text.")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+        raise RowRefused("malformed", f"{where}: expected text or a list of {{role, content}} messages, got {shown(value)}.")
+    return [_message(message, number, where) for number, message in enumerate(messages, 1)]
+
+
+def _message(message: Message, number: int, where: str) -> Message:
+    """With role and text content; what else it carries stays, for the templates that read it."""
+    if "role" not in message and isinstance(message.get("from"), str):
+        rest = {k: v for k, v in message.items() if k not in ("from", "value")}
+        message = {"role": SHAREGPT.get(message["from"], message["from"]), "content": message.get("value"), **rest}
+    calls = [_call(call, number, where) for call in list_or_text(message.get("tool_calls")) or ()]
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, number, where) for part in content)
+    if content is None and calls:
+        content = ""  # the standard form of a call; templates write None as a word
+    for key, text in (("role", role), ("content", content)):
+        if not isinstance(text, str):
+            got = f"{shown(text) if key in message else 'none'} as the {key} of message {number}"
+            raise RowRefused("malformed", f"{where}: expected text or a list of {{role, content}} messages, got {got}.")
+        _text(text, where)
+    rest = {k: v for k, v in message.items() if k not in ("role", "content", "tool_calls") and v is not None}
+    return {"role": role, "content": content, **rest} | ({"tool_calls": calls} if calls else {})
+
+
+def _part(part: Any, number: int, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type", "an object without text") if isinstance(part, dict) else shown(part)
+    raise RowRefused("malformed", f"{where}: expected parts of text in message {number}, got {kind}.")
+
+
+def _call(call: Any, number: int, where: str) -> Any:
+    """A tool call, its arguments as an object: templates write them as JSON, and text would be quoted twice."""
+    if not isinstance(call, dict):
+        raise RowRefused("malformed", f"{where}: tool_calls of message {number}: expected objects, got {shown(call)}.")
+    call = _without_nothing(call)
+    function = call.get("function", call)
+    if isinstance(arguments := function.get("arguments"), str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        if isinstance(parsed, dict):
+            return (
+                {**call, "function": {**function, "arguments": parsed}} if "function" in call else {**call, "arguments": parsed}
+            )
+    return call
+
+
+def _text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowRefused("malformed", f"{where}: expected text, got half a character ({shown(text[error.start])}).") from error
+    return text

@@ -1,18 +1,25 @@
-"""A row of the data as it is trained on, and what becomes of rows that are not as they should be."""
+"""A row of the data as it is trained on, and what was counted on the way."""
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from bnf_train.errors import UsageError
+from bnf_train.rules import RULES
+
 
 @dataclass
 class Response:
-    """One response with its prompt, as token ids; `ref_log_odds` is filled in by the reference pass."""
+    """One response with its prompt, as token ids; `ref_log_odds` is filled in by the reference pass.
+
+    `score` is what it counts in the loss in place of +1 or -1, with the sign of its label; None: +1 or -1.
+    """
 
     input_ids: list[int]
     prompt_length: int
     preferred: bool
     ref_log_odds: Tensor | None = None
+    score: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -21,21 +28,43 @@ class Response:
 
 @dataclass
 class Row:
-    """One row of the data: a pair of responses (preferred first), or a single one."""
+    """One row of the data: a pair of responses (preferred first), a single one, or any number to one prompt."""
 
     prompt: str
     responses: list[Response]
     number: int = 0  # in its source, from 1
+    group: bool = False  # any number of responses, of which no two are a pair
+
+    @property
+    def pair(self) -> bool:
+        return len(self.responses) == 2 and not self.group
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What becomes of rows that are not as they should be; flags have the same names and help."""
+class RowRefused(UsageError):
+    """A row that the rule of this name may leave out."""
 
-    too_long: str = "cut"  # cut the response's end (a prompt that leaves it no room drops the row), drop, error
-    empty: str = "error"  # drop, error
-    no_boundary: str = "drop"  # drop, error
-    duplicates: str = "keep"  # keep, drop, error
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+    def with_way_out(self) -> UsageError:
+        """For a rule that says `error`: the sentence, and how to go on without such rows."""
+        return UsageError(f"{str(self).rstrip('.')}; fix it, or pass --{self.rule} drop.")
+
+
+class Rules(dict[str, str]):
+    """What each rule does; flags have the same names.
+
+    >>> Rules(empty="drop")["empty"], Rules()["too_long"]
+    ('drop', 'cut')
+    """
+
+    def __init__(self, **chosen: str) -> None:
+        super().__init__({name: rule.choices[0] for name, rule in RULES.items()})
+        for name, choice in chosen.items():
+            if choice not in RULES[name].choices:
+                raise UsageError(f"--{name}: expected one of {', '.join(RULES[name].choices)}, got {choice}.")
+        self.update(chosen)
 
 
 @dataclass
@@ -43,26 +72,30 @@ class Counts:
     """How many rows there were, and the numbers of those that were not taken as they stand."""
 
     rows: int = 0
+    left_out: dict[str, list[int]] = field(default_factory=dict)  # by rule
     cut: list[int] = field(default_factory=list)  # once for each response
-    dropped: list[int] = field(default_factory=list)  # too long
-    empty: list[int] = field(default_factory=list)
-    no_boundary: list[int] = field(default_factory=list)
-    duplicates: list[int] = field(default_factory=list)
     same_sides: list[int] = field(default_factory=list)
-    rewritten: list[int] = field(default_factory=list)
+    zero: list[int] = field(default_factory=list)  # once for each response
+    rewritten: list[int] = field(default_factory=list)  # once for each response
+    added: list[int] = field(default_factory=list)  # once for each response
+    added_text: str = ""  # the first text that the template added
+    unused: list[str] = field(default_factory=list)  # sentences about columns and keys
+
+    def leave_out(self, rule: str, number: int) -> None:
+        self.left_out.setdefault(rule, []).append(number)
 
     def sentences(self, rules: Rules) -> list[str]:
         """One for each kind that there is, with its flag and row numbers."""
-        explained = {
-            "cut": "responses cut at the end (--too_long cut)",
-            "dropped": "rows dropped as too long (--too_long)",
-            "empty": "rows dropped because a response is empty (--empty drop)",
-            "no_boundary": "rows dropped because their prompt is no prefix of prompt and response (--no_boundary drop)",
-            "duplicates": f"exact duplicates of a row before (--duplicates {rules.duplicates})",
-            "same_sides": "pairs with the same response on both sides, from which there is nothing to learn",
-            "rewritten": "responses whose text the chat template changes",
-        }
-        return [f"{len(at):,} {text}: {_numbers(at)}" for name, text in explained.items() if (at := getattr(self, name))]
+        said = {f"responses cut at the end (--too_long {rules['too_long']})": self.cut}
+        said |= {f"{RULES[rule].drops} (--{rule} {rules[rule]})": numbers for rule, numbers in self.left_out.items()}
+        said["pairs with the same response on both sides, from which there is nothing to learn"] = self.same_sides
+        said["responses left out because their score is 0"] = self.zero
+        said["responses whose text the chat template would change; the text itself is trained on"] = self.rewritten
+        said[
+            f"responses to which the chat template adds text, {self.added_text!r} first, which is trained on, too "
+            "(--chat_template_kwargs and --chat_template steer it)"
+        ] = self.added
+        return [f"{len(at):,} {text}: {_numbers(at)}" for text, at in said.items() if at] + self.unused
 
 
 def _numbers(rows: list[int]) -> str:

@@ -2,53 +2,54 @@
 
 import hashlib
 import random
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from bnf_train.data.read import has_splits, read_rows
-from bnf_train.data.render import show
+from bnf_train.data.card import card
+from bnf_train.data.read import has_splits, other_splits, read_rows
 from bnf_train.data.rows import Row, Rules
-from bnf_train.data.tokenize import tokenize
+from bnf_train.data.show import show
+from bnf_train.data.template import Options
+from bnf_train.data.tokens import tokenize
 from bnf_train.errors import UsageError
+from bnf_train.rules import RULES
 
 
 class Choice(Protocol):
-    """What `read_and_tokenize` reads of a config: the flags of the same names."""
+    """What `read_and_tokenize` reads of a config: the flags of the same names, and RULES."""
 
     dataset: str | None
     eval_dataset: str | None
     eval_size: float
     max_length: int
-    too_long: str
-    empty: str
-    no_boundary: str
-    duplicates: str
     pairing_ratio: float
+    score_center: str
     show_examples: int
     seed: int
+
+    def template_options(self) -> dict[str, Any]: ...
 
 
 def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, console: Console) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, tokenised; what was cut or dropped is printed."""
-    rules = Rules(config.too_long, config.empty, config.no_boundary, config.duplicates)
+    rules = Rules(**{name: getattr(config, name) for name in RULES})
+    options = Options(**config.template_options())
 
     def tokenized(source: str, split: str) -> list[Row]:
         raw = read_rows(source, split)
         if not raw:
             return []
-        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules)
-        tokens = sum(r.tokens for row in rows for r in row.responses)
-        console.print(
-            f"{source}, {split}: {counts.rows} rows, {tokens:,} response tokens; at --max_length {config.max_length}, "
-            f"{len(counts.cut)} responses cut, {len(counts.dropped)} rows dropped."
-        )
-        for sentence in counts.sentences(rules):
-            console.print(f"  {sentence}")
+        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options)
+        if config.score_center == "mean":
+            rows = center_scores(rows, source)
+        for line in card(rows, counts, rules, source, split, config.max_length):
+            console.print(line)
         return rows
 
     assert config.dataset is not None
@@ -59,12 +60,16 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
             raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
     else:
         held_out = tokenized(config.dataset, "test") if has_splits(config.dataset) else []
+    if unused := other_splits(config.dataset):
+        console.print(
+            f"{config.dataset}: splits that are not used: {', '.join(unused)} (--dataset {config.dataset}={unused[0]})."
+        )
     if not held_out:
         train_rows, held_out = split_by_prompt(train_rows, config.eval_size, config.seed)
     if config.pairing_ratio < 1:
-        pairs = sum(len(row.responses) == 2 for row in train_rows)
+        pairs = sum(row.pair for row in train_rows)
         train_rows = mask_pairs(train_rows, config.pairing_ratio, config.seed)
-        left = sum(len(row.responses) == 2 for row in train_rows)
+        left = sum(row.pair for row in train_rows)
         console.print(
             f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {left} stay whole, "
             f"{pairs - left} lose one side at random (--seed {config.seed})."
@@ -77,8 +82,36 @@ def digest(rows: Iterable[Row]) -> str:
     """Of all that training sees of them, in their order."""
     content = hashlib.blake2b(digest_size=16)
     for row in rows:
-        content.update(repr([(r.input_ids, r.prompt_length, r.preferred) for r in row.responses]).encode())
+        content.update(repr([(r.input_ids, r.prompt_length, r.score or r.preferred) for r in row.responses]).encode())
     return content.hexdigest()
+
+
+def center_scores(rows: list[Row], source: str) -> list[Row]:
+    """Scores less the mean score of the responses to the same prompt; responses at the mean are left out.
+
+    Raises:
+      UsageError: no response has a score, or all are at the mean.
+
+    Example:
+      >>> from bnf_train.data import Response
+      >>> row = Row("p", [Response([1, 2], 1, True, score=s) for s in (1.0, 2.0, 6.0)])
+      >>> [(r.score, r.preferred) for r in center_scores([row], "x")[0].responses]
+      [(-2.0, False), (-1.0, False), (3.0, True)]
+    """
+    by_prompt: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_prompt[row.prompt] += [response.score for response in row.responses if response.score is not None]
+    if not any(by_prompt.values()):
+        raise UsageError(f"--score_center mean: expected scores in {source}, got labels: leave it out, or add a score column.")
+    centered = []
+    for row in rows:
+        mean = statistics.fmean(by_prompt[row.prompt] or [0.0])
+        shifted = [r if r.score is None else replace(r, score=r.score - mean, preferred=r.score > mean) for r in row.responses]
+        if left := [r for r in shifted if r.score is None or abs(r.score) > 1e-9]:
+            centered.append(replace(row, responses=left))
+    if not centered:
+        raise UsageError(f"--score_center mean: in {source} every score is the mean of its prompt's: nothing is left.")
+    return centered
 
 
 def mask_pairs(rows: list[Row], pairing_ratio: float, seed: int) -> list[Row]:
@@ -86,7 +119,7 @@ def mask_pairs(rows: list[Row], pairing_ratio: float, seed: int) -> list[Row]:
 
     Table 6 of the paper: the removed side is masked, so that the row is a single response.
     """
-    pairs = [i for i, row in enumerate(rows) if len(row.responses) == 2]
+    pairs = [i for i, row in enumerate(rows) if row.pair]
     draw = random.Random(seed)
     masked = set(draw.sample(pairs, round((1 - pairing_ratio) * len(pairs))))
     return [replace(row, responses=[draw.choice(row.responses)]) if i in masked else row for i, row in enumerate(rows)]
@@ -106,3 +139,20 @@ def split_by_prompt(rows: list[Row], size: float, seed: int) -> tuple[list[Row],
         held_out.add(prompt)
         taken += by_prompt[prompt]
     return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
+
+
+def check_ids(rows: Iterable[Row], embeddings: int, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """The model's embedding has a row for every token id.
+
+    Raises:
+      UsageError: it has not; one sentence that names row, token and what to do.
+    """
+    for row in rows:
+        for response in row.responses:
+            if (largest := max(response.input_ids)) >= embeddings:
+                token = tokenizer.decode([largest])
+                raise UsageError(
+                    f"{source}, row {row.number}: the tokenizer makes token id {largest} ({token}), and the model's embedding "
+                    f"has {embeddings:,} rows; use the tokenizer that belongs to the model, or give the model more rows with "
+                    "resize_token_embeddings and train them."
+                )

@@ -166,16 +166,22 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
     return None
 
 
+def arguments_of(folder: Path) -> dict[str, Any]:
+    """The arguments of the run that wrote a checkpoint; none where another trainer did."""
+    try:
+        arguments: dict[str, Any] = json.loads((folder / ARGUMENTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return arguments
+
+
 def check_same_run(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Refuses to resume with other rows, batches, objective or optimizer: that would be another run.
 
     Raises:
       UsageError: one of SAME has another value than when the checkpoint `folder` was written.
     """
-    try:
-        then = json.loads((folder / ARGUMENTS).read_text())
-    except (OSError, ValueError):  # written by another trainer
-        return
+    then = arguments_of(folder)
     for name in SAME:
         before, now = then.get(name), arguments.get(name)
         if name in then and before != now:

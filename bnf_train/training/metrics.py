@@ -257,13 +257,14 @@ def values(
 
 
 def by_row(of: Responses, row: Tensor) -> Tensor:
-    """(rows, labels, sums): the sums of each row's responses by label; 0 where it has none.
+    """(rows, most responses of a row, 1 + sums): label and sums of each row's responses; 0 where it has fewer.
 
     Args:
-      row: (responses,) index of each response's row; a row has at most one response of each label.
+      row: (responses,) index of each response's row, in order.
     """
-    table = of.sums.new_zeros(int(row[-1]) + 1, len(LABELS), of.sums.shape[1])
-    table[row, (~of.preferred).long()] = of.sums
+    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # in its row
+    table = of.sums.new_zeros(int(row[-1]) + 1, int(place.max()) + 1, 1 + of.sums.shape[1])
+    table[row, place] = torch.cat([of.preferred.to(of.sums.dtype).unsqueeze(1), of.sums], dim=1)
     return table
 
 
@@ -271,7 +272,7 @@ def held_out_values(prediction: EvalPrediction, beta: float = 1.0) -> dict[str, 
     """The metrics of an evaluation, from tables of `by_row` as its "predictions"."""
     summed, _ = quantities()
     table = torch.as_tensor(prediction.predictions).double()
-    row, label = (table[..., summed.index(responses)] > 0).nonzero(as_tuple=True)
-    preferred = label == LABELS.index("preferred")
+    found = table[table[..., 1 + summed.index(responses)] > 0]  # tables of other batches fill it up with -100
+    preferred, sums = found[:, 0] > 0, found[:, 1:]
     no_tokens = torch.empty(0, 0), torch.empty(0, dtype=torch.bool)  # only sums were gathered
-    return values(Responses(summed, table[row, label], preferred, (), *no_tokens), held_out=True, beta=beta)
+    return values(Responses(summed, sums, preferred, (), *no_tokens), held_out=True, beta=beta)

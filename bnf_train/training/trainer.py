@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec
+from bnf_core import objective as described
 from bnf_train.data import Row, model_inputs, passes
 from bnf_train.errors import UsageError
 from bnf_train.training import distributed, metrics
@@ -64,8 +65,10 @@ class BNFTrainer(ResumeMixin, Trainer):
             distributed.wait_for_every_gradient(self.accelerator, self.model)
         self._weights_moved = WeightsMoved()
         self.add_callback(self._weights_moved)
-        self.objective, self.spec = objective, objective_spec(objective)
+        self.spec = objective_spec(objective)
         self.pairwise = self.spec.per == "pair" if pairwise is None else pairwise
+        # one that no decorator has described is weighted by the rows' scores, too
+        self.objective = objective if self.spec.described or self.pairwise else described(per="response")(objective)
         self.one_pass = self.spec.per == "token"
         self.starts_at_reference = starts_at_reference
         # compute_loss divides by the responses of the whole step; the second line says so to older transformers (5.17)
@@ -116,7 +119,9 @@ class BNFTrainer(ResumeMixin, Trainer):
         scale = (self.accelerator.num_processes if model.training else 1) / count
         # a row whose other side is in another pass is no pair here; only rows of a loss per token are cut, which asks for none
         pair = None if self.one_pass else torch.where(inputs["paired"], inputs["row"], -1)
-        batch = TokenBatch(inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"])
+        batch = TokenBatch(
+            inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"], score=inputs["score"]
+        )
         if self.one_pass:
             token_loss, per_token = self.spec.weighted_token_loss, self.spec.per_token(batch, scale)
             loss, log_odds, entropy = model(**model_inputs(inputs), token_loss=token_loss, per_token=per_token)

@@ -135,6 +135,10 @@ def test_target_logits_take_labels_of_any_integer_dtype(dtype: torch.dtype) -> N
     assert torch.equal(analysis.target_logits(hidden, weight, labels.to(dtype)), analysis.target_logits(hidden, weight, labels))
 
 
+def test_target_logits_of_a_vocabulary_of_one() -> None:
+    assert analysis.target_logits(torch.ones(2, 3), torch.ones(1, 3), torch.tensor([0, 0])).tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.float64, torch.float32)], ids=str)
 def test_target_logits_in_float64_under_autocast(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """As torch's own operations: autocast leaves float64 alone."""

@@ -212,3 +212,33 @@ def test_what_is_wrong_is_named() -> None:
     total = objective(per="token")(lambda log_odds, sign, ref_log_odds: log_odds.sum())
     with pytest.raises(ValueError, match=r"<lambda>: expected one loss for each of 7 tokens, got torch.float32 of shape \(\)"):
         total(torch.zeros(7), BATCH)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(UNPAIRED))
+@given(case=pair_cases(), size=st.floats(0, 50), data=st.data())
+def test_a_loss_is_linear_in_the_score(name: str, case: PairCase, size: float, data: st.DataObject) -> None:
+    """Twice the score is twice the loss and gradient, 0 contributes nothing, +1 and -1 are the labels."""
+    hyper = {key: data.draw(values, key) for key, values in HYPER[name].items()}
+    batch, log_odds = case.batch, case.log_odds.detach().requires_grad_()
+
+    def losses(score: Tensor | None) -> Tensor:
+        return OBJECTIVES[name](log_odds, replace(batch, score=score), **hyper)
+
+    plain = losses(None)
+    sign = batch.sign.double()
+    assert torch.equal(losses(sign), plain)
+    torch.testing.assert_close(losses(size * sign), size * plain)
+    assert (losses(0 * sign) == 0).all()
+    (gradient,) = torch.autograd.grad(losses(size * sign).sum(), log_odds)
+    torch.testing.assert_close(gradient, size * torch.autograd.grad(plain.sum(), log_odds)[0])
+
+
+def test_a_score_is_a_finite_number_with_the_labels_sign() -> None:
+    response, preferred = torch.tensor([0, 1]), torch.tensor([True, False])
+    TokenBatch(response, preferred, score=torch.tensor([0.5, 0.0]))
+    for wrong in ([float("nan"), -1.0], [1.0, 2.0], [float("inf"), -1.0]):
+        with pytest.raises(ValueError, match="score: expected finite numbers with the sign of the label"):
+            TokenBatch(response, preferred, score=torch.tensor(wrong))

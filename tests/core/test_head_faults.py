@@ -421,3 +421,9 @@ def test_tritons_float64_has_all_its_digits(options: dict[str, Any]) -> None:
     expected, plain = linear_log_odds(**inputs, implementation="naive", **options)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy, plain, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["naive", "chunked"])
+def test_a_label_below_zero_is_named_where_there_is_no_other(implementation: str) -> None:
+    with pytest.raises(ValueError, match=r"^labels: .* got -5 at position \[0\]"):
+        linear_log_odds(torch.ones(1, 2), torch.ones(4, 2), torch.tensor([-5]), implementation=implementation)

@@ -79,3 +79,11 @@ def test_pieces_cover_the_whole_and_are_never_empty(
     assert all(size >= 0 for size in found.workspace(scratch=True).values())
     assert torch.float16 not in found.grad_dtypes
     assert found.held == (0, 0) or found.held[1] >= (found.block if recompute else vocab)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_copies_of_the_weight_are_of_a_block_at_a_time(recompute: bool) -> None:
+    """Under autocast a float32 weight is multiplied in bf16: 2 bytes for each number of a block."""
+    found = sizes(8192, 4096, 128256, weight_dtype=torch.float32, recompute=recompute)
+    assert found.copies == (torch.bfloat16,)
+    assert found.workspace(scratch=False)["copies of the weight"] == 2 * found.block * 4096

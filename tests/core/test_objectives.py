@@ -162,6 +162,13 @@ def test_bad_input_is_named(build: object, message: str) -> None:
         build()  # type: ignore[operator]
 
 
+def test_the_pair_that_is_none_is_named() -> None:
+    response, preferred = torch.arange(6), torch.tensor([True, False, True, False, True, True])
+    batch = TokenBatch(response, preferred, pair=torch.tensor([3, 3, 7, 7, 9, 9]))
+    with pytest.raises(ValueError, match=r"in each pair, pair 9 has 2 and 0\.$"):
+        batch.pairs()
+
+
 def test_a_message_is_short_however_many_tokens() -> None:
     response = torch.arange(100_000)
     preferred = torch.arange(100_000) % 2 == 0

@@ -74,3 +74,13 @@ def test_the_table_says_that_it_is_an_estimate() -> None:
     lines = table("SmolLM2-135M", "a100").splitlines()
     assert lines[1].endswith("bf16, on a100 (estimate)")
     assert [line.split()[0] for line in lines if line.startswith("ratio")] == ["ratio"]
+
+
+def test_the_table_adds_up() -> None:
+    """The ratio is the total over the bare products, with and without the second-level cache."""
+    rows = {line[:28].strip(): line[28:].split() for line in table("SmolLM2-135M", "a100").splitlines()}
+    (*_, total, quick), (*_, products) = rows["total"], rows["bare products"]
+    ratios = [float(x) / float(products) for x in (total, quick)]
+    assert list(map(float, rows["ratio"])) == pytest.approx(ratios, abs=2e-3)
+    chunks, looks = int(rows["fold"][0]), int(rows["looks at a number"][0])
+    assert 1 <= looks <= chunks + 1

@@ -1,13 +1,10 @@
 """From rows to token ids: what is response, what is prompt, and what is refused."""
 
-import csv
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
@@ -23,15 +20,14 @@ from bnf_train.data import (
     Response,
     Row,
     Rules,
-    has_splits,
     mask_pairs,
     read_and_tokenize,
     read_rows,
     split_by_prompt,
     tokenize,
 )
-from bnf_train.data.conversations import to_conversations
-from bnf_train.data.render import show
+from bnf_train.data.conversations import to_conversation
+from bnf_train.data.show import show
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
 
@@ -74,7 +70,54 @@ ACCEPTED = {
         {"chosen": [USER, WELL, USER, WELL], "rejected": [USER, WELL, USER, BADLY]},
         ([USER, WELL, USER], [(WELL, True), (BADLY, False)]),
     ),
-    "extra-keys-of-messages": ({"prompt": [USER | {"id": 3}], "chosen": [WELL | {"score": 1}], "rejected": [BADLY]}, PAIR),
+    "extra-keys-of-messages": (
+        {"prompt": [USER | {"name": "Ann"}], "chosen": [WELL | {"thinking": "Hm."}], "rejected": [BADLY]},
+        ([USER | {"name": "Ann"}], [(WELL | {"thinking": "Hm."}, True), (BADLY, False)]),
+    ),
+    "sharegpt": (
+        {
+            "conversations": [{"from": "system", "value": "be brief"}, {"from": "human", "value": "hello"}],
+            "chosen": {"from": "gpt", "value": "well"},
+            "rejected": {"from": "gpt", "value": "badly"},
+        },
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "system-column": (
+        {"system": "be brief", "prompt": "hello", "chosen": "well", "rejected": "badly"},
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "system-column-and-message": (
+        {"system": "be brief ", "prompt": [SYSTEM, USER], "chosen": "well", "rejected": "badly"},
+        ([SYSTEM, USER], PAIR[1]),
+    ),
+    "parts-of-text": (
+        {
+            "prompt": [USER | {"content": [{"type": "text", "text": "hel"}, {"text": "lo"}]}],
+            "chosen": "well",
+            "rejected": "badly",
+        },
+        PAIR,
+    ),
+    "label-as-text": ({"prompt": "hello", "completion": "badly", "label": "False"}, ([USER], [(BADLY, False)])),
+    "completions": (
+        {"prompt": "hello", "completions": ["well", [BADLY], "so so"], "labels": [True, 0, "false"]},
+        ([USER], [(WELL, True), (BADLY, False), (BADLY | {"content": "so so"}, False)]),
+    ),
+    "tool-call-without-text": (
+        {
+            "prompt": [
+                USER,
+                WELL | {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+                USER,
+            ],
+            "chosen": "well",
+            "rejected": "badly",
+        },
+        (
+            [USER, WELL | {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}, USER],
+            PAIR[1],
+        ),
+    ),
     "empty-cells-of-the-other-shape": (
         {"prompt": "hello", "chosen": "", "rejected": "", "completion": "well", "label": True},
         ([USER], [(WELL, True)]),
@@ -92,7 +135,6 @@ REFUSED = {
     "number": ({"prompt": 3, "completion": "b", "label": True}, "prompt: expected text or a list of"),
     "label-missing": ({"prompt": "a", "completion": "b"}, "label: expected true or false .*got null"),
     "label-2": ({"prompt": "a", "completion": "b", "label": 2}, "label: expected true or false .*got 2"),
-    "label-text-in-json": ({"prompt": "a", "completion": "b", "label": "true"}, "label: expected true or false .*got 'true'"),
     "label-nan": ({"prompt": "a", "completion": "b", "label": float("nan")}, "label: expected true or false .*got nan"),
     "both-shapes": (
         {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d", "label": True},
@@ -106,9 +148,33 @@ REFUSED = {
         {"prompt": "bye", "chosen": [USER, WELL], "rejected": [USER, BADLY]},
         "prompt: expected a part of",
     ),
-    "a-continued-prompt": (
+    "several-turns": (
         {"prompt": "bye", "chosen": [WELL, USER, WELL], "rejected": [WELL, USER, BADLY]},
-        "prompt: expected a part of the conversations",
+        "chosen: a response of 3 messages, and responses of several turns are not supported",
+    ),
+    "two-system-messages": (
+        {"system": "be long", "prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b"},
+        "system: expected no system message in the prompt beside it",
+    ),
+    "an-image": (
+        {"prompt": [USER | {"content": [{"type": "image", "url": "x"}]}], "chosen": "a", "rejected": "b"},
+        "expected parts of text in message 1, got image",
+    ),
+    "score-nan": (
+        {"prompt": "a", "completion": "b", "score": float("nan")},
+        "score: expected a finite number of .*got nan",
+    ),
+    "score-text": (
+        {"prompt": "a", "completion": "b", "score": "good"},
+        "score: expected a finite number of .*got 'good'",
+    ),
+    "uneven-lists": (
+        {"prompt": "a", "completions": ["b", "c"], "labels": [True]},
+        "completions, labels: expected two lists of one length, got 2 and 1",
+    ),
+    "tools-no-list": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "f"},
+        "tools: expected a list of JSON schemas, got 'f'",
     ),
     "different-first-turns": (
         {"chosen": [USER, WELL], "rejected": [USER | {"content": "bye"}, WELL]},
@@ -123,11 +189,6 @@ REFUSED = {
         "got null as the content",
     ),
     "no-role": ({"prompt": [{"content": "a"}], "chosen": "a", "rejected": "b"}, "prompt: .* got none as the role of message 1"),
-    "sharegpt": ({"chosen": [{"from": "gpt", "value": "a"}], "rejected": "b", "prompt": "c"}, "chosen: .*got none as the role"),
-    "tool-calls": (
-        {"prompt": [USER, WELL | {"tool_calls": [{"name": "f"}]}, USER], "chosen": "a", "rejected": "b"},
-        "got tool calls in message 2",
-    ),
     "surrogate": (
         {"prompt": "a\ud800", "chosen": "a", "rejected": "b"},
         r"prompt: .* half a character \('.ud800",
@@ -138,13 +199,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("row", "expected"), ACCEPTED.values(), ids=ACCEPTED)
 def test_rows_become_conversations(row: dict[str, Any], expected: Any) -> None:
-    assert to_conversations(row, "WHERE") == expected
+    found = to_conversation(row, "WHERE")
+    assert (found.prompt, [(a.message, a.score == 1) for a in found.answers]) == expected
 
 
 @pytest.mark.parametrize(("row", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_rows_are_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        to_conversations(row, "WHERE")
+        to_conversation(row, "WHERE")
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------
@@ -173,9 +235,9 @@ def test_response_ends_with_its_end_of_turn_and_no_more(tokenizer: PreTrainedTok
 @pytest.mark.parametrize(
     ("template", "completion", "expected"),
     [
-        (WITHOUT_EOS, "b", ("a ", "b <|im_end|>")),
+        (WITHOUT_EOS, "b", ("a ", "b<|im_end|>")),
         (WITHOUT_EOS, "b<|im_end|>", ("a ", "b<|im_end|>")),
-        (WITHOUT_EOS, "b<|im_start|>", ("a ", "b<|im_start|> <|im_end|>")),  # a special token of the data ends no turn
+        (WITHOUT_EOS, "b<|im_start|>", ("a ", "b<|im_start|><|im_end|>")),  # a special token of the data ends no turn
         (FOR_MESSAGE + "{{ m['content'] + '<|im_end|>' }}{% endfor %}", "b<|im_end|>", ("a<|im_end|>", "b<|im_end|>")),
         (FOR_MESSAGE + "{{ m['content'] + '<|turn|> \n' }}{% endfor %}", "b", ("a<|turn|> \n", "b<|turn|>")),  # as gemma's
         (
@@ -183,7 +245,7 @@ def test_response_ends_with_its_end_of_turn_and_no_more(tokenizer: PreTrainedTok
             "b",
             ("a<|turn|><|im_end|>", "b<|turn|><|im_end|>"),
         ),
-        ("{{ '<s>' }}" + WITHOUT_EOS, "b", ("<s>a ", "b <|im_end|>")),
+        ("{{ '<s>' }}" + WITHOUT_EOS, "b", ("<s>a ", "b<|im_end|>")),
     ],
     ids=["no-eos", "eos-in-the-data", "other-token-in-the-data", "eos-in-both", "not-the-eos", "two", "bos"],
 )
@@ -202,22 +264,26 @@ def test_one_bos_and_one_end_of_turn(
 def test_text_that_begins_with_a_bos_does_not_double_the_templates(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.chat_template = "{{ bos_token }}" + WITHOUT_EOS
-    assert response_text(tokenizer, SINGLE | {"prompt": "<s>a"}) == ("<s>a ", "b <|im_end|>")
+    assert response_text(tokenizer, SINGLE | {"prompt": "<s>a"}) == ("<s>a ", "b<|im_end|>")
 
 
 REWRITES_SOME = FOR_MESSAGE + (
-    "{{ 'long ' if messages | length > 1 and messages[0]['content'] == 'odd' }}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{{ 'long ' if messages | length > 1 and messages[0]['content'] == 'odd' }}{{ m['content'] + '<|im_end|>' }}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
 )
 
 
-def test_a_prompt_that_is_no_token_prefix_is_reported_and_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_prompt_that_prompt_and_response_do_not_begin_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The response stands between what the template writes around others; only a call, which it alone can write, cannot."""
     tokenizer.chat_template = REWRITES_SOME
-    raw = [SINGLE, SINGLE | {"prompt": "odd"}, SINGLE | {"prompt": "c"}]
+    assert response_text(tokenizer, SINGLE | {"prompt": "odd"}) == ("odd<|im_end|>", "b<|im_end|>")
+    call = [WELL | {"content": None, "tool_calls": [{"name": "f"}]}]
+    raw = [SINGLE, SINGLE | {"prompt": "odd", "completion": call}, SINGLE | {"prompt": "c", "completion": call}]
     rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl")
     assert [row.number for row in rows] == [1, 3]
-    assert counts == Counts(rows=3, no_boundary=[2])
-    assert counts.sentences(Rules())[0].endswith("no prefix of prompt and response (--no_boundary drop): row 2")
-    expected = r"x.jsonl, row 2: the chat template does not render the prompt as a token prefix"
+    assert counts == Counts(rows=3, left_out={"no_boundary": [2]})
+    assert counts.sentences(Rules())[0].endswith("not certain where their response begins (--no_boundary drop): row 2")
+    expected = r"x.jsonl, row 2: the chat template does not write the prompt before prompt and response"
     with pytest.raises(UsageError, match=expected):
         tokenize(raw, tokenizer, 100, "x.jsonl", Rules(no_boundary="error"))
     with pytest.raises(UsageError, match=r"x.jsonl, row 1: the chat template .* \(and so in all 2 rows\)"):
@@ -236,13 +302,16 @@ def test_what_the_template_refuses_is_named(tokenizer: PreTrainedTokenizerFast) 
         "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
     )
     system = {"prompt": [{"role": "system", "content": "Be brief."}, USER], "completion": "b", "label": True}
-    with pytest.raises(UsageError, match=r"x.jsonl, row 2: .* refuses this conversation \(System role not supported\)\.$"):
+    with pytest.raises(
+        UsageError,
+        match=r"row 2: .* refuses this conversation \(System role not supported\); fix it, or pass --template_refuses drop\.$",
+    ):
         tokenize([SINGLE, system], tokenizer, 100, "x.jsonl")
     tokenizer.chat_template = "{% for"
     with pytest.raises(UsageError, match=r"x.jsonl, row 1: the model's chat template refuses"):
         tokenize([SINGLE], tokenizer, 100, "x.jsonl")
     tokenizer.chat_template = None
-    with pytest.raises(UsageError, match=r"no chat template; use an instruction-tuned model\.$"):
+    with pytest.raises(UsageError, match=r"no chat template; use an instruction-tuned model, or pass --chat_template FILE\.$"):
         tokenize([SINGLE], tokenizer, 100, "x.jsonl")
 
 
@@ -259,10 +328,10 @@ def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     raw = [{"prompt": "p" * n, "completion": "c" * 10, "label": True} for n in (1, 10, 50)]
     length = len(tokenize(raw[1:2], tokenizer, 1000, "x")[0][0].responses[0].input_ids)
     rows, counts = tokenize(raw, tokenizer, length - 3, "x.jsonl")
-    assert counts == Counts(rows=3, cut=[2], dropped=[3])
+    assert counts == Counts(rows=3, left_out={"too_long": [3]}, cut=[2])
     assert [row.responses[0].tokens for row in rows] == [11, 8]
     rows, counts = tokenize(raw, tokenizer, length - 3, "x.jsonl", Rules(too_long="drop"))
-    assert counts == Counts(rows=3, dropped=[2, 3])
+    assert counts == Counts(rows=3, left_out={"too_long": [2, 3]})
     assert [row.number for row in rows] == [1]
     message = f"x.jsonl, row 2: prompt and response have {length - 11} \\+ 11 tokens, more than --max_length {length - 3}"
     with pytest.raises(UsageError, match=message):
@@ -276,7 +345,7 @@ def test_empty_responses_stop_or_are_dropped(tokenizer: PreTrainedTokenizerFast)
     with pytest.raises(UsageError, match=r"x.jsonl, row 2: completion: expected a response, got an empty one"):
         tokenize(raw, tokenizer, 100, "x.jsonl")
     rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl", Rules(empty="drop"))
-    assert counts == Counts(rows=2, empty=[2])
+    assert counts == Counts(rows=2, left_out={"empty": [2]})
     assert len(rows) == 1
     with pytest.raises(UsageError, match=r"no row is left .* because a response is empty \(--empty drop\): row 1"):
         tokenize(raw[1:], tokenizer, 100, "x.jsonl", Rules(empty="drop"))
@@ -293,7 +362,7 @@ def test_duplicates_are_counted_and_kept_or_dropped(tokenizer: PreTrainedTokeniz
     ]
     for rule, kept in (("keep", 5), ("drop", 3)):
         rows, counts = tokenize(raw, tokenizer, 100, "x.jsonl", Rules(duplicates=rule))
-        assert counts == Counts(rows=5, duplicates=[4, 5])
+        assert counts == Counts(rows=5, left_out={"duplicates": [4, 5]})
         assert len(rows) == kept
     with pytest.raises(UsageError, match=r"x.jsonl, row 4: the same as a row before"):
         tokenize(raw, tokenizer, 100, "x.jsonl", Rules(duplicates="error"))
@@ -304,9 +373,9 @@ def test_rows_do_not_depend_on_the_chunk_that_they_are_in(
 ) -> None:
     raw = [SINGLE | {"prompt": "p" * n, "completion": "c" * (n % 7)} for n in range(1, 40)]
     once = tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop"))
-    assert once[1].empty == [7, 14, 21, 28, 35]
-    assert once[1].dropped
-    monkeypatch.setattr("bnf_train.data.tokenize.CHUNK", 4)
+    assert once[1].left_out["empty"] == [7, 14, 21, 28, 35]
+    assert once[1].left_out["too_long"]
+    monkeypatch.setattr("bnf_train.data.tokens.CHUNK", 4)
     assert tokenize(raw, tokenizer, 57, "x.jsonl", Rules(empty="drop")) == once
 
 
@@ -412,116 +481,6 @@ def test_split_keeps_a_prompt_on_one_side(prompts: list[str], size: float, seed:
     assert train
     assert not {r.prompt for r in train} & {r.prompt for r in held_out}
     assert bool(held_out) == (size > 0 and round(size * len(rows) if size < 1 else size) > 0 and len(set(prompts)) > 1)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-ROWS = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": 'c\n"d", e', "completion": "None", "label": False}]
-CHAT = [{"chosen": [USER, WELL], "rejected": [USER, BADLY]}]
-
-
-def test_json_lines_may_hold_any_character(write_rows: Callable[..., Path]) -> None:
-    row = {"prompt": "a\u2028b\x85c", "completion": "d", "label": True}  # what str.splitlines would cut in two
-    assert read_rows(str(write_rows([row]))) == [row]
-
-
-@pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["text", "messages"])
-@pytest.mark.parametrize("suffix", ["json", "lines.json", "bom.jsonl", "PARQUET", "csv"])
-def test_file_formats(suffix: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif suffix == "lines.json":
-        path.write_text("\n" + "".join(json.dumps(row) + "\r\n" for row in rows))
-    elif suffix == "bom.jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
-    elif suffix == "csv":
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert read_rows(str(path)) == rows
-
-
-@pytest.mark.parametrize(("text", "label"), [("TRUE", True), ("0", False), ("1.0", True), (" false", False), ("yes", "yes")])
-def test_labels_of_csv_files(text: str, label: Any, tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text(f"id,label,completion,prompt\n7,{text},007,NA\n\n")
-    assert read_rows(str(path)) == [{"prompt": "NA", "completion": "007", "label": label}]  # neither a number nor missing
-
-
-@pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["text", "messages"])
-def test_folders_of_the_datasets_library(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    data = datasets.Dataset.from_list([row | {"other": 1} for row in rows])
-    one, splits, files = tmp_path / "one", tmp_path / "splits", tmp_path / "files"
-    data.save_to_disk(one)
-    datasets.DatasetDict({"train_prefs": data, "test_prefs": data.select([0]), "train_sft": data}).save_to_disk(splits)
-    (files / "data").mkdir(parents=True)
-    data.to_parquet(files / "data" / "train-00000-of-00001.parquet")
-    assert [has_splits(str(folder)) for folder in (one, splits, files)] == [False, True, True]
-    assert all(read_rows(str(folder)) == rows for folder in (one, splits, files))
-    assert read_rows(str(splits), "test") == rows[:1]
-    assert read_rows(str(files), "test") == []
-    datasets.DatasetDict({"dev": data}).save_to_disk(tmp_path / "dev")
-    with pytest.raises(UsageError, match="expected a split named train or train_prefs, got dev"):
-        read_rows(str(tmp_path / "dev"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="could not be read as a folder of the datasets library"):
-        read_rows(str(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.jsonl",
-            b'{"prompt": "a"}\n{"prompt": \n',
-            r"a.jsonl, line 2: expected a JSON object, got Expecting value \(column 12\)",
-        ),
-        ("a.jsonl", b'{"a": 1}\n\n[1, 2]\n', "a.jsonl, line 3: expected JSON objects, one a line, got a list"),
-        ("a.jsonl", b"", "expected JSON objects.*got no row"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9t\xe9"}', "a.jsonl, line 2: expected UTF-8, got the byte 0xe9"),
-        ("a.jsonl", "{}".encode("utf-16"), "a.jsonl, line 1: expected UTF-8, got the byte 0xff"),
-        ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1: expected a JSON object, got one nested too deeply"),
-        (
-            "a.jsonl",
-            b"{}\n" + b'{"a": ' + b"9" * 5000 + b"}",
-            "a.jsonl, line 2: expected a JSON object, got a number that is too",
-        ),
-        (
-            "a.json",
-            b'[\n{"prompt": "a"},\n{"b" 1}]',
-            r"a.json, line 3: expected a JSON list of rows, got Expecting ':' delimiter",
-        ),
-        ("a.json", b"3", "a.json: expected a JSON list of rows, got 3"),
-        ("a.json", b"[{}, null]", "a.json, row 2: expected JSON objects with the columns .* got null"),
-        ("a.csv", b"prompt;completion;label\na;b;1\n", "a.csv: expected the columns .*, got prompt;completion;label"),
-        ("a.csv", b'prompt,completion,label\n"a\nb",c,1\nd,e\n', "a.csv, line 4: expected 3 cells as in the header, got 2"),
-        ("a.csv", b'prompt,completion,label\na,"b,1\n', "a.csv, line 2: expected CSV, .* got unexpected end of data"),
-        ("a.csv", b"label,completion,label\n", "a.csv, line 1: expected each column once, got label more than once"),
-        ("a.csv", b"prompt,completion,label\n", "a.csv: expected .* got no row"),
-        ("a.parquet", b"PAR1", "a.parquet: could not be read as Parquet"),
-    ],
-)
-def test_damaged_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        read_rows(str(path))
-
-
-def test_wrong_columns_name_what_was_found(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"], "answer": ["b"]}), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"a.parquet: expected the columns \(prompt, chosen.* got question, answer\.$"):
-        read_rows(str(tmp_path / "a.parquet"))
-    for name, message in (("none.jsonl", "no such file"), ("none", "no such file"), ("https://x/y.jsonl", "download it first")):
-        with pytest.raises(UsageError, match=message):
-            read_rows(name if "://" in name else str(tmp_path / name))
 
 
 def test_packing_is_chosen_where_it_is_less_work() -> None:

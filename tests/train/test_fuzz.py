@@ -1,5 +1,7 @@
 """Damaged files: each is read for what it says, or refused in one sentence that names it; never another exception."""
 
+import bz2
+import gzip
 import json
 import random
 import struct
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -32,11 +35,13 @@ def json_list(rows: list[dict[str, Any]]) -> bytes:
     return json.dumps(rows, indent=1).encode()
 
 
-def csv_table(rows: list[dict[str, Any]]) -> bytes:
+def csv_table(rows: list[dict[str, Any]], delimiter: str = ",") -> bytes:
     def cell(value: Any) -> str:
         return '"' + (json.dumps(value) if isinstance(value, list) else str(value)).replace('"', '""') + '"'
 
-    return "".join(",".join(map(cell, line)) + "\r\n" for line in (list(rows[0]), *(row.values() for row in rows))).encode()
+    return "".join(
+        delimiter.join(map(cell, line)) + "\r\n" for line in (list(rows[0]), *(row.values() for row in rows))
+    ).encode()
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -45,7 +50,29 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return bytes(sink.getvalue())
 
 
+def feather(rows: list[dict[str, Any]]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.feather.write_feather(pyarrow.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def stream(rows: list[dict[str, Any]]) -> bytes:
+    table, sink = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
 WRITERS = {"jsonl": json_lines, "json": json_list, "csv": csv_table, "parquet": parquet}
+MORE_WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    **WRITERS,
+    "tsv": lambda rows: csv_table(rows, "\t"),
+    "feather": feather,
+    "arrow": stream,
+    "jsonl.gz": lambda rows: gzip.compress(json_lines(rows)),
+    "csv.zst": lambda rows: bytes(pyarrow.Codec("zstd").compress(csv_table(rows))),
+    "parquet.bz2": lambda rows: bz2.compress(parquet(rows)),
+}
 STRANGE: list[Any] = [
     *(None, True, 0, -1, 2**70, 1e308, float("nan"), "", " ", "\x00", "\ud800", "\u2028", "x" * 5000, "<|im_end|>", "[{"),
     *([], {}, [[]], [{}], [None], [USER, None], [USER | {"content": None}], [USER | {"content": ["a"]}], [USER | {"role": 1}]),
@@ -182,6 +209,24 @@ def test_damaged_files_are_refused_in_one_sentence_or_read(tokenizer: PreTrained
         read, refused = read + isinstance(result, list), refused + isinstance(result, str)
     assert read >= 50, "the damage is so great that no file gets as far as the tokenizer"
     assert refused >= 150
+
+
+@pytest.mark.parametrize("suffix", MORE_WRITERS)
+def test_three_hundred_damaged_files_are_refused_in_one_sentence_or_read(suffix: str, tmp_path: Path) -> None:
+    draw = random.Random(suffix)
+    for number in range(300):
+        path = tmp_path / f"{number}.{suffix}"
+        damage = draw.choice(DAMAGES)
+        path.write_bytes(damage(MORE_WRITERS[suffix](draw.choice((SINGLES, PAIRS, CHATS))), draw))
+        try:
+            rows = read_rows(str(path))
+        except UsageError as error:
+            check(str(error), path)
+        except Exception as error:
+            raise AssertionError(f"{path.name}, {damage.__name__}") from error
+        else:
+            assert rows
+            assert all(type(row) is dict for row in rows)
 
 
 @pytest.mark.parametrize("suffix", [*WRITERS, "folder"])

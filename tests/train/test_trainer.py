@@ -90,6 +90,43 @@ def trainer_of(
     )
 
 
+GROUP = {"prompt": "hello", "completions": ["well", "badly", "so so"], "labels": [True, False, False]}
+APART = [
+    {"prompt": "hello", "completion": text, "label": label}
+    for text, label in zip(GROUP["completions"], GROUP["labels"], strict=True)
+]
+
+
+@pytest.mark.parametrize("objective", ["bnf", "kto", "log_likelihood"])
+def test_a_group_is_its_responses(model_folder: Path, objective: str) -> None:
+    """The same step, and the same held-out metrics, as with a row each; +1 and -1 are the labels; a 0 is left out."""
+    other = {"prompt": "bye", "completion": "now", "label": True}
+    expected = one_step(model_folder, [*APART, other], 4, 1, objective)
+    scored = {k: v for k, v in GROUP.items() if k != "labels"} | {"scores": [1, -1.0, "-1"]}
+    for group in (GROUP, scored):
+        found = one_step(model_folder, [group, other], 2, 1, objective)
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, msg=name)
+    with_zero = scored | {"completions": [*GROUP["completions"], "no"], "scores": [1, -1, -1, 0]}
+    rows, counts = tokenize([with_zero], load_tokenizer(str(model_folder)), 100, "rows")
+    assert (len(rows[0].responses), counts.zero) == (3, [1])
+    apart, together = (
+        {k: v for k, v in trainer.evaluate(trainer.train_dataset).items() if "time" not in k and "second" not in k}
+        for trainer in (trainer_of(model_folder, rows, 2, 1, objective) for rows in ([*APART, other], [GROUP, other]))
+    )
+    assert apart == pytest.approx(together)
+
+
+def test_a_score_weighs_its_response(model_folder: Path) -> None:
+    """Plain gradient descent: a score of -3 moves the weights three times as far as one of -1."""
+    before = load_model(str(model_folder)).state_dict()
+    one, three = (
+        one_step(model_folder, [{"prompt": "hello", "completion": "well", "score": score}], 1, 1) for score in (-1, -3.0)
+    )
+    for name, weight in before.items():
+        torch.testing.assert_close(three[name] - weight, 3 * (one[name] - weight), msg=name)
+
+
 @pytest.mark.parametrize(
     ("rows", "objective"),
     [(PAIRS, "bnf"), (SINGLES[:8], "bnf"), (SINGLES[:8], "kto"), (PAIRS, "dpo"), (PAIRS, "simpo")],
