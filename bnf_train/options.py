@@ -36,10 +36,11 @@ class Data:
         default=None,
         metadata={
             "metavar": "FILE",
-            "help": "Preference rows: file, folder or hub name. A .jsonl, .json, .parquet or .csv file, a folder that the "
-            "datasets library saved, or a hub dataset's name or name:configuration. Rows are (prompt, chosen, rejected) or "
-            "(prompt, completion, label), plain text or chat messages; the prompt may stand in the messages of chosen and "
-            "rejected instead.",
+            "help": "Preference rows: files, folders or hub names. A .json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather "
+            "file (also .gz, .bz2, .zst), a folder of such files or of the datasets library, a hub dataset's name or "
+            "name:configuration; behind it =split for a split, =0.3 for a share of the rows. Several are mixed. Rows are "
+            "(prompt, chosen, rejected), (prompt, completion, label or score) or (prompt, completions, labels or scores), "
+            "plain text or chat messages; the prompt may stand in the messages of the responses instead.",
         },
     )
     eval_dataset: str | None = field(

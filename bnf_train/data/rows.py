@@ -33,6 +33,7 @@ class Row:
     prompt: str
     responses: list[Response]
     number: int = 0  # in its source, from 1
+    source: str = ""  # as --dataset names it
     group: bool = False  # any number of responses, of which no two are a pair
 
     @property

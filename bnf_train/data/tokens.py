@@ -199,7 +199,7 @@ class _Run:
             Response(ids, len(prompt), answer.score > 0, score=answer.score if conversation.scored else None)
             for ids, answer in zip(kept, conversation.answers, strict=True)
         ]
-        return Row(key, answers, number, group=not conversation.pair and len(answers) > 1)
+        return Row(key, answers, number, self.source, group=not conversation.pair and len(answers) > 1)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
