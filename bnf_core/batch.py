@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_same_device, describe, first_position, wide
+from bnf_core._checks import at_least_float32, check_floating, check_same_device, describe, first_position
 
 __all__ = ["PairConstraint", "PairLogps", "TokenBatch", "checked_pairs", "pair_logps", "sequence_logps"]
 
@@ -106,7 +106,7 @@ class TokenBatch:
 
     def sum(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
         """Sum over the tokens of each response, in float32 at least."""
-        values = wide(values)
+        values = at_least_float32(values)
         return values.new_zeros(self.responses).index_add(0, self.response, values)
 
     def mean(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
@@ -207,7 +207,7 @@ def checked_pairs(pairs: PairLogps) -> PairLogps:
     for name, value in pairs._asdict().items():
         if value is not None:
             check_floating(f"pairs.{name}", value, tuple(pairs.chosen.shape))
-    return PairLogps._make(None if value is None else wide(value) for value in pairs)
+    return PairLogps._make(None if value is None else at_least_float32(value) for value in pairs)
 
 
 def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor, " responses"]:
@@ -230,7 +230,7 @@ def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Flo
     """
     check_floating("log_odds", log_odds, tuple(batch.response.shape))
     check_same_device(log_odds=log_odds, response=batch.response)
-    return batch.sum(F.logsigmoid(wide(log_odds)))
+    return batch.sum(F.logsigmoid(at_least_float32(log_odds)))
 
 
 def pair_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> PairLogps:

@@ -60,7 +60,7 @@ def pytest_collection_finish() -> None:
 LONG = (
     "gpu_kernels",
     "plan",
-    "scale_out",
+    "distributed",
     "compare",
     "trainer",
     "resume",

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_same_device, describe, wide
+from bnf_core._checks import at_least_float32, check_floating, check_same_device, describe
 from bnf_core.batch import TokenBatch
 
 __all__ = [
@@ -79,7 +79,7 @@ class ObjectiveSpec:
 
     def per_token(self, batch: TokenBatch, scale: float | Tensor) -> tuple[Tensor, ...]:
         """sign and weight of each token, and ref_log_odds if the loss needs them: its sum is scale * the sum of losses."""
-        sign = batch.sign if batch.ref_log_odds is None else batch.sign.to(wide(batch.ref_log_odds).dtype)
+        sign = batch.sign if batch.ref_log_odds is None else batch.sign.to(at_least_float32(batch.ref_log_odds).dtype)
         weight = batch.weighted(scale / batch.lengths.to(sign.dtype))
         constants = sign[batch.response], weight[batch.response]
         return (*constants, _ref_log_odds(batch, "this objective")) if self.reference else constants
@@ -206,7 +206,7 @@ def _mean_over_tokens(token_loss: TokenLoss, reference: bool, constant: TokenLos
     def losses(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, **hyper: Any) -> Float[Tensor, " responses"]:
         check_floating("log_odds", log_odds, tuple(batch.response.shape))
         check_same_device(log_odds=log_odds, response=batch.response)
-        log_odds = wide(log_odds)
+        log_odds = at_least_float32(log_odds)
         constants = [batch.sign[batch.response].to(log_odds.dtype)]
         if reference:
             constants.append(_ref_log_odds(batch, name).to(log_odds.dtype))
