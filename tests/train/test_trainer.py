@@ -358,7 +358,7 @@ def test_nothing_is_written_over(model_folder: Path, write_rows: WriteRows, caps
         ({"--model": "./nowhere"}, "--model ./nowhere: no such folder"),
         ({"--model": "."}, "expected a model folder with a config.json"),
         ({"--dataset": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"--dataset": "some/where/else"}, "expected a .jsonl, .json, .parquet or .csv file"),
+        ({"--dataset": "some/where/else"}, "expected a .jsonl, .json, .parquet, .arrow, .csv or .tsv file"),
     ],
 )
 def test_bad_paths_are_one_sentence_and_code_2(
