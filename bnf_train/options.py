@@ -57,6 +57,14 @@ class Data:
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt with response, in tokens."})
+    train_on: str = field(
+        default="last",
+        metadata={
+            "help": "Turns in the loss. last: the response, which is the last message; all_assistant: the assistant's messages "
+            "before it, too, with its label, but for those with the key weight: 0.",
+            "choices": ["last", "all_assistant"],
+        },
+    )
     score_center: str = field(
         default="none",
         metadata={
@@ -76,7 +84,7 @@ class Data:
         default=None,
         metadata={
             "metavar": "JSON",
-            "help": 'Its variables. A JSON object, such as {"enable_thinking": false}, or keys below chat_template_kwargs in YAML.',
+            "help": 'Its variables. A JSON object, as {"enable_thinking": false}, or keys below chat_template_kwargs in YAML.',
         },
     )
     template_date: str | None = field(
@@ -202,7 +210,7 @@ class Training:
         default=None,
         metadata={
             "metavar": "N",
-            "help": "Tokens of a pass: less memory, same gradient. A packed batch with more tokens is computed in several "
+            "help": "Tokens a pass: less memory, same gradient. A packed batch with more tokens is computed in several "
             "passes; one process only. Default: 640 on a CPU, else 0, which is no limit.",
         },
     )
