@@ -73,7 +73,8 @@ def to_conversation(row: RawRow, where: str, several_turns: bool = False) -> Con
         if len(last) > 1 and last[0]["role"] == "assistant":
             raise RowRefused(
                 "several_turns",
-                f"{where}: {name}: a response of {len(messages)} messages, and responses of several turns are not supported.",
+                f"{where}: {name}: a response of {len(messages)} messages, and responses of several turns are not supported "
+                "but by --train_on all_assistant.",
             )
         if len(last) != 1 or last[0]["role"] != "assistant":
             raise RowRefused(
