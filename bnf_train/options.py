@@ -14,8 +14,8 @@ from bnf_train.rules import RULES
 
 PROG = "python -m bnf_train"
 DESCRIPTION = (
-    "Align a language model on responses labelled preferred or dispreferred with the BNF loss. "
-    "Without arguments: a tiny embedded model on embedded data, about a minute on a laptop."
+    "Align a language model on preferred and dispreferred responses with the BNF loss. "
+    "Without arguments: an embedded model on embedded data, about a minute."
 )
 CONFIG = "A YAML file with these flags as keys. A flag goes before it."
 
@@ -58,6 +58,14 @@ class Data:
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt with response, in tokens."})
+    train_on: str = field(
+        default="last",
+        metadata={
+            "help": "Turns in the loss. last: the response, which is the last message; all_assistant: the assistant's messages "
+            "before it, too, with its label, but for those with the key weight: 0.",
+            "choices": ["last", "all_assistant"],
+        },
+    )
     score_center: str = field(
         default="none",
         metadata={
@@ -203,7 +211,7 @@ class Training:
         default=None,
         metadata={
             "metavar": "N",
-            "help": "Tokens of a pass: less memory, same gradient. A packed batch with more tokens is computed in several "
+            "help": "Tokens a pass: less memory, same gradient. A packed batch with more tokens is computed in several "
             "passes; one process only. Default: 640 on a CPU, else 0, which is no limit.",
         },
     )

@@ -81,7 +81,10 @@ class ObjectiveSpec:
         """sign and weight of each token, and ref_log_odds if the loss needs them: its sum is scale * the sum of losses."""
         sign = batch.sign if batch.ref_log_odds is None else batch.sign.to(at_least_float32(batch.ref_log_odds).dtype)
         weight = batch.weighted(scale / batch.lengths.to(sign.dtype))
-        constants = sign[batch.response], weight[batch.response]
+        weight = weight[batch.response]
+        if batch.weight is not None:
+            weight = weight * batch.weight.to(weight.dtype)
+        constants = sign[batch.response], weight
         return (*constants, _ref_log_odds(batch, "this objective")) if self.reference else constants
 
 
@@ -116,7 +119,7 @@ def objective(
 
     A loss per token, L(l, s[, l_ref]), becomes the objective 1 / |y| sum_t L of each response, and trains in one pass
     through the head, three matrix products in place of four. s is +1 in a preferred response, -1 in a dispreferred one. A
-    loss that is not of pairs is weighted by |batch.score| where the batch has scores.
+    loss that is not of pairs is weighted by |batch.score| where the batch has scores, and each token's by batch.weight.
 
     Args:
       per: "token", "response" or "pair".

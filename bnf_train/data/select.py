@@ -30,6 +30,7 @@ class Choice(Protocol):
     max_length: int
     pairing_ratio: float
     score_center: str
+    train_on: str
     show_examples: int
     seed: int
 
@@ -48,7 +49,7 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
             return []
         if share < 1:
             raw = [raw[i] for i in sorted(random.Random(config.seed).sample(range(len(raw)), max(1, round(share * len(raw)))))]
-        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options)
+        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options, config.train_on)
         if config.score_center == "mean":
             rows = center_scores(rows, source)
         for line in card(rows, counts, rules, source, split, config.max_length):
@@ -93,7 +94,8 @@ def digest(rows: Iterable[Row]) -> str:
     """Of all that training sees of them, in their order."""
     content = hashlib.blake2b(digest_size=16)
     for row in rows:
-        content.update(repr([(r.input_ids, r.prompt_length, r.score or r.preferred) for r in row.responses]).encode())
+        seen = [(r.input_ids, r.prompt_length, r.score or r.preferred, *(r.weights or ())) for r in row.responses]
+        content.update(repr(seen).encode())
     return content.hexdigest()
 
 
