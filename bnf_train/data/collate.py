@@ -45,8 +45,8 @@ class Collator:
       preferred [True, False]
       row [0, 0]
       paired [True, True]
-      number [0, 0]
       score [1.0, -1.0]
+      number [0, 0]
     """
 
     def __init__(self, pad_token_id: int, packed: bool = False, attention_width: float = math.inf) -> None:

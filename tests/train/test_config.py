@@ -257,7 +257,7 @@ def test_help_all_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for flag in ("--config", "--beta", "--lambda", "--objective", "--dtype", *BNFConfig.__dataclass_fields__):
         name = flag.removeprefix("--")
-        assert f"  --{name}" in printed or name in ("hyperparameters", "rows_digest", "tracebacks")
+        assert f"  --{name}" in printed or name in ("hyperparameters", "datasets", "rows_digest", "tracebacks")
     for objective in OBJECTIVES:
         assert objective in printed
     assert "--debug without a value" in printed
