@@ -17,7 +17,7 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {reprlib.repr(value)}"  # a few elements of a long list
 
 
-def wide(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
     """In the dtype that it is computed in: float64 stays, all others become float32."""
     return values if values.dtype == torch.float64 else values.float()
 

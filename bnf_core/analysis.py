@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bnf_core._checks import (
     IGNORE,
+    at_least_float32,
     check_floating,
     check_labels,
     check_positive,
     check_same_device,
     describe,
     first_position,
-    wide,
 )
 
 __all__ = [
@@ -86,7 +86,10 @@ def target_logits(
     kept = (labels != IGNORE).nonzero().squeeze(-1)
     rows = labels[kept]
     with torch.autocast(device, enabled=False):
-        z = (wide(hidden.index_select(0, kept).to(operand)) * wide(weight.index_select(0, rows).to(operand))).sum(-1)
+        z = (
+            at_least_float32(hidden.index_select(0, kept).to(operand))
+            * at_least_float32(weight.index_select(0, rows).to(operand))
+        ).sum(-1)
         if bias is not None:
             z = z + bias.index_select(0, rows).to(z.dtype)
         z = z * logit_scale
@@ -230,7 +233,7 @@ def gini(values: Float[Tensor, " tokens"], response: Int[Tensor, " tokens"]) -> 
         at = first_position(bad)
         raise ValueError(f"values: expected finite numbers of at least 0, got {values[at].item()} at position {list(at)}.")
     lengths = _lengths(values, response)
-    response, x = response.long(), wide(values)
+    response, x = response.long(), at_least_float32(values)
     # in units of the largest: equal values are exactly 1, and no sum overflows
     largest = x.new_zeros(len(lengths)).scatter_reduce(0, response, x, "amax")
     x = x / torch.where(largest > 0, largest, 1)[response]
@@ -267,7 +270,7 @@ def percentile_edges(values: Float[Tensor, " tokens"], bins: int = 10) -> Float[
     _check_vector("values", values)
     if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
         raise ValueError(f"bins: expected a whole number of at least 1, got {bins!r}.")
-    ordered = wide(values).sort().values
+    ordered = at_least_float32(values).sort().values
     place = torch.arange(1, bins, device=values.device, dtype=torch.float64) * (len(ordered) - 1) / bins
     below = place.floor().long()
     above = (below + 1).clamp(max=len(ordered) - 1)
@@ -307,12 +310,12 @@ def bin_shares(values: Float[Tensor, " tokens"], edges: Float[Tensor, " edges"])
             f"edges: expected them ascending, got {edges[at + 1].item()} after {edges[at].item()} at position [{at + 1}]."
         )
     check_same_device(values=values, edges=edges)
-    both = torch.promote_types(wide(values).dtype, edges.dtype)
+    both = torch.promote_types(at_least_float32(values).dtype, edges.dtype)
     x, e = values.to(both), edges.to(both)
     first, last = torch.searchsorted(e, x), torch.searchsorted(e, x, right=True)  # equal but on an edge
     share = 1 / (last - first + 1).to(torch.float64)
     starts = share.new_zeros(len(e) + 2).index_add(0, first, share).index_add(0, last + 1, -share)
-    return (starts.cumsum(0)[:-1] / len(x)).to(wide(values).dtype)
+    return (starts.cumsum(0)[:-1] / len(x)).to(at_least_float32(values).dtype)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -327,7 +330,7 @@ def _checked(name: str, values: Tensor, ref_values: Tensor, certain: bool = Fals
     check_same_device(**{name: values, f"ref_{name}": ref_values})
     for called, value in ((name, values), (f"ref_{name}", ref_values)):
         _check_finite(called, value, certain)
-    return wide(values), wide(ref_values)
+    return at_least_float32(values), at_least_float32(ref_values)
 
 
 def _check_finite(name: str, values: Tensor, certain: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_same_device, describe, first_position, wide
+from bnf_core._checks import at_least_float32, check_floating, check_same_device, describe, first_position
 
 __all__ = ["PairConstraint", "PairLogps", "TokenBatch", "checked_pairs", "pair_logps", "sequence_logps"]
 
@@ -28,9 +28,11 @@ class TokenBatch:
       entropy: (tokens,) entropy of the policy at each token, in nats, a constant; None: losses leave the term out.
       score: (responses,) what each response counts in place of +1 or -1, its sign that of its label; None: +1 or -1. Not for
         objectives of pairs.
+      weight: (tokens,) what each token counts, finite and not negative; None: 1. Sums over a response are sum_t weight_t x_t,
+        means that over its number of tokens |y|, whatever they weigh. So 0 is a token left out, but for the length.
 
     Raises:
-      ValueError: wrong shape, dtype or device, or a response without a token (named by its row).
+      ValueError: wrong shape, dtype or device, or a response without a token that counts (named by its row).
 
     Example:
       A preferred response of two tokens and a dispreferred one of one token:
@@ -47,6 +49,7 @@ class TokenBatch:
     ref_log_odds: Float[Tensor, " tokens"] | None = None
     entropy: Float[Tensor, " tokens"] | None = None
     score: Float[Tensor, " responses"] | None = None
+    weight: Float[Tensor, " tokens"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("response", "pair"):
@@ -61,7 +64,7 @@ class TokenBatch:
         responses = len(preferred)
         if self.pair is not None and tuple(self.pair.shape) != (responses,):
             raise ValueError(f"pair: expected shape {(responses,)}, one per response, got {describe(self.pair)}.")
-        for name in ("ref_log_odds", "entropy"):
+        for name in ("ref_log_odds", "entropy", "weight"):
             if (value := getattr(self, name)) is not None:
                 check_floating(name, value, tuple(self.response.shape))
         if self.score is not None:
@@ -78,6 +81,15 @@ class TokenBatch:
             )
         if (empty := (self.lengths == 0).nonzero()).numel():
             raise ValueError(f"response: expected at least one token in every response, got none in row {int(empty[0])}.")
+        if self.weight is not None:
+            self._check_weight(self.weight)
+
+    def _check_weight(self, weight: Float[Tensor, " tokens"]) -> None:
+        if (wrong := ~(weight.isfinite() & (weight >= 0))).any():
+            (at,) = first_position(wrong)
+            raise ValueError(f"weight: expected finite numbers from 0, got {float(weight[at])} at position [{at}].")
+        if (empty := (self.response[weight > 0].bincount(minlength=self.responses) == 0).nonzero()).numel():
+            raise ValueError(f"weight: expected a token above 0 in every response, got none in row {int(empty[0])}.")
 
     def weighted(self, losses: Float[Tensor, " responses"]) -> Float[Tensor, " responses"]:
         """|score| * the loss of each response.
@@ -105,12 +117,21 @@ class TokenBatch:
         return torch.where(self.preferred, 1.0, -1.0)
 
     def sum(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
-        """Sum over the tokens of each response, in float32 at least."""
-        values = wide(values)
+        """sum_t weight_t x_t over the tokens of each response, in float32 at least.
+
+        Example:
+          >>> import torch
+          >>> batch = TokenBatch(torch.tensor([0, 0]), torch.tensor([True]), weight=torch.tensor([0.5, 1.0]))
+          >>> batch.sum(torch.tensor([2.0, 4.0])), batch.mean(torch.tensor([2.0, 4.0]))
+          (tensor([5.]), tensor([2.5000]))
+        """
+        values = at_least_float32(values)
+        if self.weight is not None:  # a token of weight 0 may have an infinite value
+            values = (values * self.weight.to(values.dtype)).masked_fill(self.weight == 0, 0)
         return values.new_zeros(self.responses).index_add(0, self.response, values)
 
     def mean(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
-        """Mean over the tokens of each response, in float32 at least."""
+        """sum_t weight_t x_t / |y| over the tokens of each response, in float32 at least."""
         return self.sum(values) / self.lengths
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "TokenBatch":
@@ -207,11 +228,11 @@ def checked_pairs(pairs: PairLogps) -> PairLogps:
     for name, value in pairs._asdict().items():
         if value is not None:
             check_floating(f"pairs.{name}", value, tuple(pairs.chosen.shape))
-    return PairLogps._make(None if value is None else wide(value) for value in pairs)
+    return PairLogps._make(None if value is None else at_least_float32(value) for value in pairs)
 
 
 def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor, " responses"]:
-    """Log-likelihood of each response, log pi(y) = sum_t log sigmoid(l_t), in nats.
+    """Log-likelihood of each response, log pi(y) = sum_t log sigmoid(l_t), in nats; each term times batch.weight, if any.
 
     Args:
       log_odds: l of each response token. Differentiable.
@@ -230,7 +251,7 @@ def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Flo
     """
     check_floating("log_odds", log_odds, tuple(batch.response.shape))
     check_same_device(log_odds=log_odds, response=batch.response)
-    return batch.sum(F.logsigmoid(wide(log_odds)))
+    return batch.sum(F.logsigmoid(at_least_float32(log_odds)))
 
 
 def pair_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> PairLogps:

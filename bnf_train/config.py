@@ -61,11 +61,13 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
 
     # no flags
     hyperparameters: dict[str, Any] = field(default_factory=dict, init=False)  # of the objective, from flags of their own
+    datasets: list[str] = field(default_factory=list, init=False)  # --dataset, which may name several
     rows_digest: str = field(default="", init=False)  # of the training rows, once they are read
     tracebacks: bool = field(default=False, init=False)  # --debug
 
     def __post_init__(self) -> None:
         self._check()
+        self.datasets = self.datasets or [str(self.dataset)]
         if self.dtype == "bfloat16":
             self.optim_args: str | None = _optim_args_for_bf16_weights(str(self.optim), vars(self)["optim_args"])
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -89,11 +89,14 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
         preset.pop("batch_size", None)  # belongs with the preset's own
     if "model" not in given and "dataset" in given:  # the demo model on somebody's data: as long as it can
         preset.pop("max_length")
+    sources = given.get("dataset", [])
+    given |= {"dataset": " + ".join(sources)} if sources else {}
     own = {name: given.pop(name) for name in list(given) if name not in BNFConfig.__dataclass_fields__}
     try:
         config = BNFConfig(**{"model": model} | preset | given)
     except (ValueError, TypeError) as error:  # TrainingArguments' own checks
         raise UsageError(str(error)) from error
+    config.datasets = sources or config.datasets
     config.tracebacks = debug_in_file or len(flags_only) < len(arguments)
     config.hyperparameters = objectives.defaults(config.objective) | own
     _, pairwise = objectives.resolve(config.objective, config.hyperparameters)  # refuses what the objective does not have
@@ -116,6 +119,7 @@ def _parser(objective: str) -> _Parser:
     )
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG)
     parser.add_argument("--help_all", action="help", default=argparse.SUPPRESS, help="Every flag.")
+    parser._option_string_actions["--dataset"].nargs = "+"  # one field, in which their names are joined
     group = parser.add_argument_group(
         "hyper-parameters of objectives (default)", f"Objectives: {', '.join(sorted(OBJECTIVES))}."
     )

@@ -14,8 +14,8 @@ from bnf_train.rules import RULES
 
 PROG = "python -m bnf_train"
 DESCRIPTION = (
-    "Align a language model on responses labelled preferred or dispreferred with the BNF loss. "
-    "Without arguments: a tiny embedded model on embedded data, about a minute on a laptop."
+    "Align a language model on preferred and dispreferred responses with the BNF loss. "
+    "Without arguments: an embedded model on embedded data, about a minute."
 )
 CONFIG = "A YAML file with these flags as keys. A flag goes before it."
 
@@ -36,10 +36,11 @@ class Data:
         default=None,
         metadata={
             "metavar": "FILE",
-            "help": "Preference rows: file, folder or hub name. A .jsonl, .json, .parquet or .csv file, a folder that the "
-            "datasets library saved, or a hub dataset's name or name:configuration. Rows are (prompt, chosen, rejected) or "
-            "(prompt, completion, label), plain text or chat messages; the prompt may stand in the messages of chosen and "
-            "rejected instead.",
+            "help": "Preference rows: files, folders or hub names. A .json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather "
+            "file (also .gz, .bz2, .zst), a folder of such files or of the datasets library, a hub dataset's name or "
+            "name:configuration; behind it =split for a split, =0.3 for a share of the rows. Several are mixed. Rows are "
+            "(prompt, chosen, rejected), (prompt, completion, label or score) or (prompt, completions, labels or scores), "
+            "plain text or chat messages; the prompt may stand in the messages of the responses instead.",
         },
     )
     eval_dataset: str | None = field(
@@ -57,6 +58,14 @@ class Data:
         },
     )
     max_length: int = field(default=4096, metadata={"help": "Longest prompt with response, in tokens."})
+    train_on: str = field(
+        default="last",
+        metadata={
+            "help": "Turns in the loss. last: the response, which is the last message; all_assistant: the assistant's messages "
+            "before it, too, with its label, but for those with the key weight: 0.",
+            "choices": ["last", "all_assistant"],
+        },
+    )
     score_center: str = field(
         default="none",
         metadata={
@@ -202,7 +211,7 @@ class Training:
         default=None,
         metadata={
             "metavar": "N",
-            "help": "Tokens of a pass: less memory, same gradient. A packed batch with more tokens is computed in several "
+            "help": "Tokens a pass: less memory, same gradient. A packed batch with more tokens is computed in several "
             "passes; one process only. Default: 640 on a CPU, else 0, which is no limit.",
         },
     )

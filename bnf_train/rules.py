@@ -25,12 +25,12 @@ RULES = {
     ),
     "no_boundary": Rule(
         ("drop", "error"),
-        "Rows in which it is not certain where the response begins",
+        "Rows in which it is not certain where the response, or what counts of it, begins",
         "rows dropped because it is not certain where their response begins",
     ),
     "several_turns": Rule(
         ("error", "drop"),
-        "Rows whose responses go on over several turns",
+        "Rows whose responses go on over several turns (--train_on all_assistant takes them)",
         "rows dropped because their responses go on over several turns",
     ),
     "template_refuses": Rule(

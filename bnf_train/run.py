@@ -144,7 +144,7 @@ def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> t
     model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config), flag)
     with distributed.gathered(model):
         embeddings = len(model.get_input_embeddings().weight)
-        check_ids(rows.train + rows.held_out, embeddings, rows.tokenizer, str(config.dataset))
+        check_ids(rows.train + rows.held_out, embeddings, rows.tokenizer)
         if config.packing:
             attend_varlen(model)
         attach_log_odds_head(model)
@@ -173,12 +173,21 @@ def _report(trainer: BNFTrainer, config: BNFConfig, rows: _Rows, collator: Colla
     last = history[-2] if len(history) > 1 else {}  # [-1] is the summary of the run
     evaluated = "eval_loss" in last and last["step"] == trainer.state.global_step and not config.load_best_model_at_end
     held_out = last if evaluated else trainer.evaluate() if rows.held_out else {}
+    by_source = {}
+    if len(config.datasets) > 1:
+        for source in dict.fromkeys(row.source for row in rows.held_out):
+            some = [row for row in rows.held_out if row.source == source]
+            by_source[source] = trainer.evaluate(some, metric_key_prefix="eval")
+            history.pop()  # not of all held-out rows, as the others are
     trainer.save_model()
     # on every process: the forward of a sharded model needs all of them
     examples = report.examples(trainer.model, rows.held_out, collator, rows.tokenizer, config.device, bool(config.bf16))
     if trainer.is_world_process_zero():
         with checkpoint.naming_a_full_disk(output):
             rows.tokenizer.save_pretrained(output)
-            report.write(output, config, history, held_out, examples)
+            report.write(output, config, history, held_out, examples, by_source)
         console.print(report.table(held_out))
+        for source, metrics in by_source.items():
+            console.print(source)
+            console.print(report.table(metrics))
         console.print(f"Model, report.html, metrics.json and metrics.png in {output}")

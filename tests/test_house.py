@@ -92,6 +92,12 @@ def tree(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text())
 
 
+@functools.cache
+def imported(name: str) -> list[str]:
+    """All that a file imports."""
+    return list(imports(tree(name)))
+
+
 def imports(node: ast.AST) -> Iterator[str]:
     """Modules, or names in modules, that are imported anywhere below."""
     for part in ast.walk(node):
@@ -102,6 +108,7 @@ def imports(node: ast.AST) -> Iterator[str]:
             yield from (f"{part.module}.{alias.name}" for alias in part.names)
 
 
+@functools.cache
 def file_of(module: str) -> str | None:
     """The file of ours that holds a module, or a name in one."""
     for path in (module, module.rpartition(".")[0]):
@@ -111,12 +118,14 @@ def file_of(module: str) -> str | None:
     return None
 
 
+@functools.cache
 def room(name: str) -> str:
     return max((r for r in ROOMS if name.startswith((f"{r}/", f"{r}.py"))), key=len)
 
 
+@functools.cache
 def arrows(name: str) -> set[str]:
-    found = {file_of(module) for module in imports(tree(name))}
+    found = {file_of(module) for module in imported(name)}
     return {other for other in found if other is not None and other != name}
 
 
@@ -135,7 +144,7 @@ def test_a_file_imports_what_its_room_may(name: str) -> None:
         if name.startswith("bnf_train") and other.startswith("bnf_core"):
             continue  # below
         assert room(other) in may, f"{name} imports {other}"
-    for module in imports(tree(name)):
+    for module in imported(name):
         top = module.split(".")[0]
         if name.startswith("bnf_core"):
             assert top in CORE_NEEDS or top in OPTIONAL or top in sys.stdlib_module_names, f"{name} imports {module}"

@@ -100,8 +100,8 @@ def log_odds_op(
 
 @log_odds_op.register_fake
 def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if options[2] == torch.float64 else torch.float32
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))  # type: ignore[return-value]
+    acc_dtype = torch.float64 if options[2] == torch.float64 else torch.float32
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=acc_dtype) for _ in range(3))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("bnf_core::log_odds_backward", mutates_args=())
@@ -189,13 +189,13 @@ def _(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, per_token: Sequence[Tensor], name: str, *options: Any
 ) -> tuple[Tensor, ...]:
     compute, wanted = options[2], options[-1]
-    wide = torch.float64 if compute == torch.float64 else torch.float32
+    acc_dtype = torch.float64 if compute == torch.float64 else torch.float32
     gradients = []
     for asked, x in zip(wanted, (hidden, weight, bias), strict=True):
-        dtype = wide if x is None or x is bias or x.dtype == torch.float16 else x.dtype
+        dtype = acc_dtype if x is None or x is bias or x.dtype == torch.float16 else x.dtype
         gradients.append(torch.empty_like(x, dtype=dtype) if asked and x is not None else hidden.new_empty(0))
     tokens = hidden.shape[0]
-    return hidden.new_empty((), dtype=wide), *(hidden.new_empty(tokens, dtype=wide) for _ in range(2)), *gradients
+    return hidden.new_empty((), dtype=acc_dtype), *(hidden.new_empty(tokens, dtype=acc_dtype) for _ in range(2)), *gradients
 
 
 def _token_loss(

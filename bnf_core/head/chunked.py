@@ -128,24 +128,24 @@ class _Head:
             wanted=wanted,
             recompute=recompute,
         )
-        self.wide, self.operand = size.wide, size.operand
-        self.bias = None if bias is None else bias.to(self.wide)
+        self.acc_dtype, self.operand = size.acc_dtype, size.operand
+        self.bias = None if bias is None else bias.to(self.acc_dtype)
         self.unit = partial(exact_unit, options.compute, hidden.device.type)
-        in_gradients = options.compute if options.compute == torch.float16 else self.wide  # fp16 numbers in float32
+        in_gradients = options.compute if options.compute == torch.float16 else self.acc_dtype  # fp16 numbers in float32
         self.gradient_unit = partial(exact_unit, in_gradients, hidden.device.type)
         # E_q[z] = h . E_q[w] is a by-product of dhidden, where that is summed without rounding
-        unrounded = bias is None and options.softcap is None and self.operand == self.wide
+        unrounded = bias is None and options.softcap is None and self.operand == self.acc_dtype
         self.mean_from_hidden = wanted[0] and unrounded and not fold.gpu
         self._allocate(size)
         self.grad_hidden = torch.empty_like(hidden, dtype=size.grad_dtypes[0]) if wanted[0] else None
         self.grad_weight = on_huge_pages(torch.empty_like(weight, dtype=size.grad_dtypes[1])) if wanted[1] else None
         self.sum_weight = self.grad_weight
         if size.sums_weight:
-            self.sum_weight = on_huge_pages(torch.empty_like(weight, dtype=self.wide))
-        self.grad_bias = hidden.new_zeros(size.vocab, dtype=self.wide) if wanted[2] else None
+            self.sum_weight = on_huge_pages(torch.empty_like(weight, dtype=self.acc_dtype))
+        self.grad_bias = hidden.new_zeros(size.vocab, dtype=self.acc_dtype) if wanted[2] else None
         # the tokens whose exponentials are held, what multiplies those, and those of their targets
         self.group = slice(0, size.tokens)
-        self.at_others, self.at_target = hidden.new_empty(2, size.tokens, dtype=self.wide)
+        self.at_others, self.at_target = hidden.new_empty(2, size.tokens, dtype=self.acc_dtype)
 
     def _allocate(self, size: Layout) -> None:
         """Places to work in, once: touching new pages is slow."""
@@ -162,9 +162,9 @@ class _Head:
         if self.held is None and size.wanted[0]:
             self.narrow = self.raw if in_place else space(tile, self.operand)
         scratch = self.fold.scratch and not self.mean_from_hidden  # where the mean is, everything is done in place
-        self.scratch = [space(tile, self.wide) for _ in range(2)] if scratch else []
+        self.scratch = [space(tile, self.acc_dtype) for _ in range(2)] if scratch else []
         self.copies = {dtype: space(size.block * size.dim, dtype) for dtype in size.copies}
-        rounds = not size.on_gpu and self.operand != self.wide
+        rounds = not size.on_gpu and self.operand != self.acc_dtype
         self.rounding = rounding_scratch(size.dim, self.operand, device) if rounds else None
         scaled = (size.tokens if size.recompute else size.group) * size.wanted[1]
         self.scaled = torch.empty(scaled, size.dim, dtype=self.operand, device=device)
@@ -201,7 +201,9 @@ class _Head:
         h, target_rows = self.rounded(self.hidden[at]), None
         if base is None:
             target_rows = self.weight.index_select(0, labels)
-            base = options.ratio_((h * target_rows).sum(1, dtype=self.wide), None if self.bias is None else self.bias[labels])
+            base = options.ratio_(
+                (h * target_rows).sum(1, dtype=self.acc_dtype), None if self.bias is None else self.bias[labels]
+            )
             minus_log2_base = (base * -options.per_ratio).nan_to_num_(0, 0, 0)
         else:
             minus_log2_base = (base * (-1 / math.log(2))).nan_to_num_(0, 0, 0)
@@ -209,8 +211,8 @@ class _Head:
         if self.grad_hidden is not None:
             by_hidden = self.grad_hidden[at]
             if size.sums_hidden:
-                by_hidden = torch.empty_like(h, dtype=self.wide)
-        z_target, sumexp, sum_log2 = torch.zeros(3, len(labels), dtype=self.wide, device=h.device)
+                by_hidden = torch.empty_like(h, dtype=self.acc_dtype)
+        z_target, sumexp, sum_log2 = torch.zeros(3, len(labels), dtype=self.acc_dtype, device=h.device)
         h_logits = self.hidden[at].to(self.options.compute).to(size.for_logits)
         return Rows(at, h, h_logits, labels, target_rows, minus_log2_base, z_target, sumexp, sum_log2, by_hidden)
 
@@ -283,7 +285,7 @@ class _Head:
 
     def _row_max(self, rows: Rows) -> Tensor:
         """The largest ratio of the others, at the price of one more product."""
-        top = torch.full_like(rows.sumexp, -torch.inf)
+        row_max = torch.full_like(rows.sumexp, -torch.inf)
         for block, weight, _ in self.blocks():
             raw, _ = self.tile(rows, block)
             with self.unit():
@@ -291,8 +293,8 @@ class _Head:
             bias = None if self.bias is None else self.bias[block]
             ratio = self.options.ratio_(raw, bias)
             here = rows.labels.unsqueeze(1) == torch.arange(block.start, block.stop, device=raw.device)
-            top = torch.maximum(top, ratio.masked_fill(here, -torch.inf).amax(1).to(self.wide))
-        return top
+            row_max = torch.maximum(row_max, ratio.masked_fill(here, -torch.inf).amax(1).to(self.acc_dtype))
+        return row_max
 
     def scale(self, rows: Rows, coefficient: Tensor) -> None:
         """coefficient * dl, dl/dz_y = 1 and dl/dz_j = -q_j, as a factor of a token's exponentials.
@@ -323,15 +325,15 @@ class _Head:
         into, others = self.sum_weight[block], self.held_exponentials(block).T
         scaled = self.scaled[: others.shape[1]]
         with self.gradient_unit():
-            if into.dtype in (self.wide, self.operand):
+            if into.dtype in (self.acc_dtype, self.operand):
                 beta = 0 if self.group.start == 0 else 1  # the first overwrites: filling dweight with zeros is one more pass
                 product(others, scaled, into, beta=beta, scratch=self.rounding)
             else:  # a bf16 weight where products are float32
-                into.copy_(product(others, scaled, torch.empty_like(into, dtype=self.wide)))
+                into.copy_(product(others, scaled, torch.empty_like(into, dtype=self.acc_dtype)))
 
     def add_to_bias(self, block: slice) -> None:
         if self.grad_bias is not None:
-            others = self.held_exponentials(block).to(self.wide)
+            others = self.held_exponentials(block).to(self.acc_dtype)
             self.grad_bias[block] += (others * self.at_others[self.group].unsqueeze(1)).sum(0)
 
     def finish_hidden(self, rows: Rows) -> None:

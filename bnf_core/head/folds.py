@@ -47,7 +47,7 @@ class Tile(NamedTuple):
     raw: Tensor  # h . w on entry, overwritten
     others: Tensor | None  # exponentials of all but the targets, under a cap times its slope; may be the memory of raw
     log2: Tensor | None = None  # room for the eager fold
-    wide: Tensor | None = None
+    exponentials: Tensor | None = None
 
 
 def statistics(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ class Fold(NamedTuple):
 
     run: Callable[..., None]
     statistics: Callable[[Rows], tuple[Tensor, Tensor, Tensor, Tensor]] = statistics
-    scratch: bool = False  # wants tile.log2 and tile.wide
+    scratch: bool = False  # wants tile.log2 and tile.exponentials
     gpu: bool = False  # takes tiles as they lie on a GPU, rows contiguous, and the mean is free
 
 
@@ -115,27 +115,27 @@ def _finish_targets(tile: Tile, rows: Rows, start: int, options: HeadOptions, su
 
 def _exponentials(tile: Tile, rows: Rows, bias: Tensor | None, options: HeadOptions, sums: bool, with_mean: bool) -> None:
     raw, others = options.ratio_(tile.raw, bias), tile.others
-    wide, log2 = tile.wide, tile.log2  # as few places as can be
+    exponentials, log2 = tile.exponentials, tile.log2  # as few places as can be
     if others is not None and others.dtype == rows.sumexp.dtype:
-        wide = others
-    elif wide is None:
-        wide = torch.empty_like(raw, dtype=rows.sumexp.dtype)
+        exponentials = others
+    elif exponentials is None:
+        exponentials = torch.empty_like(raw, dtype=rows.sumexp.dtype)
     if options.softcap is None and not with_mean:
-        log2 = wide
+        log2 = exponentials
     elif log2 is None:
-        log2 = torch.empty_like(wide)
+        log2 = torch.empty_like(exponentials)
     torch.add(rows.minus_log2_base.unsqueeze(1), raw, alpha=options.per_ratio, out=log2)
-    torch.exp2(log2, out=wide)
+    torch.exp2(log2, out=exponentials)
     if sums:
-        rows.sumexp.add_(wide.sum(1))
+        rows.sumexp.add_(exponentials.sum(1))
     if with_mean:
-        rows.sum_log2.add_(log2.clamp_(min=-1e30).mul_(wide).sum(1))  # 0 where -inf was
+        rows.sum_log2.add_(log2.clamp_(min=-1e30).mul_(exponentials).sum(1))  # 0 where -inf was
     if others is None:
         return
     if options.softcap is not None:
-        wide.mul_(raw.clamp_(min=-1).square_().neg_().add_(1))
-    if others is not wide:
-        others.copy_(wide)
+        exponentials.mul_(raw.clamp_(min=-1).square_().neg_().add_(1))
+    if others is not exponentials:
+        others.copy_(exponentials)
 
 
 def _fused(
@@ -157,11 +157,11 @@ def _fused(
         x = x * to_ratio
         x = torch.where(x.isinf(), x, x.tanh())
     log2 = torch.add(minus_log2_base.unsqueeze(1), x, alpha=per_ratio)
-    wide = torch.exp2(log2)
-    sumexp = wide.sum(1) if sums else None
-    mean = (log2.clamp(min=-1e30) * wide).sum(1) if with_mean else None
+    exponentials = torch.exp2(log2)
+    sumexp = exponentials.sum(1) if sums else None
+    mean = (log2.clamp(min=-1e30) * exponentials).sum(1) if with_mean else None
     if others is not None:
-        others.copy_(wide * (1 - x.clamp(min=-1).square()) if capped else wide)
+        others.copy_(exponentials * (1 - x.clamp(min=-1).square()) if capped else exponentials)
     return sumexp, mean
 
 

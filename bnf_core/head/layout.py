@@ -55,7 +55,7 @@ class Layout:
     block: int
 
     @property
-    def wide(self) -> torch.dtype:
+    def acc_dtype(self) -> torch.dtype:
         return self.options.accumulate
 
     @property
@@ -70,27 +70,27 @@ class Layout:
     @property
     def sums_weight(self) -> bool:
         """Whether dweight is summed apart from the tensor that is returned."""
-        return self.wanted[1] and not self.recompute and self.group < self.tokens and self.grad_dtypes[1] != self.wide
+        return self.wanted[1] and not self.recompute and self.group < self.tokens and self.grad_dtypes[1] != self.acc_dtype
 
     @property
     def sums_hidden(self) -> bool:
         """Whether dhidden is."""
-        return self.wanted[0] and self.grad_dtypes[0] != self.wide
+        return self.wanted[0] and self.grad_dtypes[0] != self.acc_dtype
 
     def workspace(self, scratch: bool) -> dict[str, int]:
         """Bytes held beyond the gradients, by name; `scratch`: the fold is eager and needs places of its own."""
-        wide, narrow = self.wide.itemsize, self.operand.itemsize
+        acc_dtype, narrow = self.acc_dtype.itemsize, self.operand.itemsize
         tile, held = self.chunk * self.block, self.held[0] * self.held[1]
         in_place = held and self.raw == self.operand and self.options.softcap is None
         scaled = self.tokens if self.recompute else self.group
         return {
             "logits of a tile": 0 if in_place and not self.on_gpu else tile * self.raw.itemsize,
             "exponentials": held * narrow if held else (tile * narrow if self.wanted[0] else 0),
-            "scratch of the eager fold": 2 * tile * wide if scratch and not (in_place and self.wanted[0]) else 0,
+            "scratch of the eager fold": 2 * tile * acc_dtype if scratch and not (in_place and self.wanted[0]) else 0,
             "copies of the weight": self.block * self.dim * sum(dtype.itemsize for dtype in self.copies),
             "hidden states, scaled": scaled * self.dim * narrow if self.wanted[1] else 0,
-            "float32 sum of dhidden": (self.tokens if self.recompute else self.chunk) * self.dim * wide * self.sums_hidden,
-            "float32 sum of dweight": self.vocab * self.dim * wide * self.sums_weight,
+            "float32 sum of dhidden": (self.tokens if self.recompute else self.chunk) * self.dim * acc_dtype * self.sums_hidden,
+            "float32 sum of dweight": self.vocab * self.dim * acc_dtype * self.sums_weight,
         }
 
 
@@ -107,23 +107,23 @@ def layout(
     recompute: bool = False,
 ) -> Layout:
     """Chunks as large as the budget and as even as can be."""
-    wide, compute = options.accumulate, options.compute
+    acc_dtype, compute = options.accumulate, options.compute
     # exponentials far from 1 have no place in fp16
-    operand = compute if compute != torch.float16 and multiplies(compute, "cuda" if on_gpu else "cpu") else wide
-    rounds = not on_gpu and operand != wide and not options.exact
-    for_logits = compute if on_gpu else operand if rounds else wide
-    # fp16 has no room for a gradient before the loss scale is applied: wide until backward has multiplied
-    grad_dtypes = [wide if dtype == torch.float16 else dtype for dtype in (hidden_dtype, weight_dtype)]
+    operand = compute if compute != torch.float16 and multiplies(compute, "cuda" if on_gpu else "cpu") else acc_dtype
+    rounds = not on_gpu and operand != acc_dtype and not options.exact
+    for_logits = compute if on_gpu else operand if rounds else acc_dtype
+    # fp16 has no room for a gradient before the loss scale is applied: float32 until backward has multiplied
+    grad_dtypes = [acc_dtype if dtype == torch.float16 else dtype for dtype in (hidden_dtype, weight_dtype)]
     rounded = {compute} - {weight_dtype}  # rows of the weight are rounded first
     copies = tuple(sorted(rounded | ({operand, for_logits} - {compute}), key=str))
 
     budget = BUDGETS["gpu" if on_gpu else "cpu"]
-    tile = budget.tile // wide.itemsize
+    tile = budget.tile // acc_dtype.itemsize
     holds = (wanted[1] or wanted[2]) and not recompute
     room = budget.exponentials
-    if not on_gpu and operand != wide:  # tiles in both dtypes
+    if not on_gpu and operand != acc_dtype:  # tiles in both dtypes
         # beside the float32 sum of a bf16 weight's gradient tiles are small; beside a float32 weight they count
-        room -= (5 if weight_dtype == wide else 2) * budget.tile
+        room -= (5 if weight_dtype == acc_dtype else 2) * budget.tile
     if not on_gpu and copies and not rounds:
         room -= budget.copies
     most = math.isqrt(tile) if budget.tokens is None else budget.tokens
@@ -134,7 +134,7 @@ def layout(
     chunk = max(min(chunk, tokens), 1)
     group = chunk
     # exponentials of all tokens, where they take no more than the float32 sum of dweight that they save
-    saves_sum = wanted[1] and grad_dtypes[1] != wide and tokens * operand.itemsize <= dim * wide.itemsize
+    saves_sum = wanted[1] and grad_dtypes[1] != acc_dtype and tokens * operand.itemsize <= dim * acc_dtype.itemsize
     if holds and options.chunk_size is None and saves_sum:
         group = max(tokens, 1)
         if not on_gpu:
@@ -146,7 +146,7 @@ def layout(
         if options.chunk_size:  # as many logits as that many tokens have
             block = min(block, max(chunk * vocab // max(tokens, 1), 1))
     if copies:
-        block = min(block, max(budget.copies // (dim * wide.itemsize), 1))
+        block = min(block, max(budget.copies // (dim * acc_dtype.itemsize), 1))
     if on_gpu and block < vocab:
         block = min(2 ** (block.bit_length() - 1), WIDEST)  # a kernel for each width: few widths
     elif block > 64:
@@ -162,7 +162,7 @@ def layout(
         grad_dtypes=(grad_dtypes[0], grad_dtypes[1]),
         operand=operand,
         for_logits=for_logits,
-        raw=operand if rounds else wide,
+        raw=operand if rounds else acc_dtype,
         copies=copies,
         chunk=chunk,
         group=group,

@@ -49,10 +49,12 @@ def token_log_odds(
     target = labels.masked_fill(ignored, 0).unsqueeze(-1)
 
     others = z.scatter(-1, target, -torch.inf)
-    top = others.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top.isneginf(), 0)  # nothing but the target is possible
-    mass = (others - top).exp().sum(-1, keepdim=True)
-    lse = top + torch.where(mass == 0, -torch.inf, torch.where(mass == 0, 1, mass).log())  # no 0 * inf in the gradient
+    row_max = others.detach().amax(-1, keepdim=True)
+    row_max = row_max.masked_fill(row_max.isneginf(), 0)  # nothing but the target is possible
+    sumexp = (others - row_max).exp().sum(-1, keepdim=True)
+    lse = row_max + torch.where(
+        sumexp == 0, -torch.inf, torch.where(sumexp == 0, 1, sumexp).log()
+    )  # no 0 * inf in the gradient
     log_odds = (z.gather(-1, target) - lse).squeeze(-1)
 
     with torch.no_grad():  # H = H of (target or not) + (1 - pi_y) H(q)
@@ -66,9 +68,9 @@ def log_odds_naive(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
     """As `linear_log_odds`, by autograd through (tokens, vocab) logits."""
-    wide = options.accumulate
-    products = F.linear(hidden.to(options.compute).to(wide), weight.to(options.compute).to(wide))
-    return token_log_odds(options.logits(products, None if bias is None else bias.to(wide)), labels)
+    acc_dtype = options.accumulate
+    products = F.linear(hidden.to(options.compute).to(acc_dtype), weight.to(options.compute).to(acc_dtype))
+    return token_log_odds(options.logits(products, None if bias is None else bias.to(acc_dtype)), labels)
 
 
 def token_loss_naive(

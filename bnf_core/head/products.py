@@ -1,10 +1,10 @@
-"""Matrix products of the head: narrow operands, sums kept in float32 or better, whatever the device offers for it.
+"""Matrix products of the head: rounded operands, sums kept in float32 or better, whatever the device offers for it.
 
 Four kinds of hardware:
   CUDA                     multiplies bf16 and fp16 and hands out the float32 sums as they are
   a CPU with AMX           multiplies float32 copies of bf16 numbers in its bf16 unit, exactly, when asked to
   a CPU with AVX512-BF16   multiplies bf16, but its sums come out rounded to bf16: for exact sums float32 copies must do
-  any other CPU            narrow operands are copied to float32, which is exact and no slower than the emulation would be
+  any other CPU            rounded operands are copied to float32, which is exact and no slower than the emulation would be
 """
 
 import contextlib
@@ -45,12 +45,12 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, beta: int = 0, scratch: tuple[
     width = b.shape[1]
     rows = len(scratch[0]) // width
     for a_rows, out_rows in zip(torch.split(a, rows), torch.split(out, rows), strict=True):
-        narrow, wide = (space[: out_rows.numel()].view(-1, width) for space in scratch)
-        torch.mm(a_rows, b, out=narrow)
+        rounded, in_float32 = (space[: out_rows.numel()].view(-1, width) for space in scratch)
+        torch.mm(a_rows, b, out=rounded)
         if beta:
-            out_rows.add_(wide.copy_(narrow))  # mixed dtypes would take new memory for `wide` in every call
+            out_rows.add_(in_float32.copy_(rounded))  # mixed dtypes would take new memory for `in_float32` in every call
         else:
-            out_rows.copy_(narrow)
+            out_rows.copy_(rounded)
     return out
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_same_device, wide
+from bnf_core._checks import at_least_float32, check_floating, check_same_device
 from bnf_core.objectives.registry import objective
 
 __all__ = ["bnf", "bnf_binary", "bnf_target", "bnf_weight"]
@@ -122,4 +122,4 @@ def _constants(log_odds: Tensor, ref_log_odds: Tensor) -> tuple[Tensor, Tensor]:
     check_floating("log_odds", log_odds)
     check_floating("ref_log_odds", ref_log_odds, tuple(log_odds.shape))
     check_same_device(log_odds=log_odds, ref_log_odds=ref_log_odds)
-    return wide(log_odds.detach()), wide(ref_log_odds.detach())
+    return at_least_float32(log_odds.detach()), at_least_float32(ref_log_odds.detach())

@@ -133,11 +133,15 @@ def dpop(
 def bnf_contrastive_constraint(
     log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, beta: float = 0.1
 ) -> Float[Tensor, " tokens"]:
-    """Of each token: C = c w / (2 |y|), with the pair's c as in `bnf_contrastive` and the token's w (`bnf_weight`)."""
+    """Of each token: C = c w / (2 |y|), with the pair's c as in `bnf_contrastive` and the token's w (`bnf_weight`).
+
+    Times batch.weight, where the batch has it.
+    """
     c, rows = _contrast(log_odds, batch, beta), torch.cat(batch.pairs())
     assert batch.ref_log_odds is not None
     of_response = c.new_zeros(batch.responses).index_copy(0, rows, c.repeat(2)) / (2 * batch.lengths)
-    return of_response[batch.response] * bnf_weight(log_odds, batch.ref_log_odds)
+    constraint = of_response[batch.response] * bnf_weight(log_odds, batch.ref_log_odds)
+    return constraint if batch.weight is None else constraint * batch.weight.to(constraint.dtype)
 
 
 @objective(per="pair", constraint=bnf_contrastive_constraint, weights_tokens=True, listed=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bnf_core._checks import check_bool, check_floating, check_positive, check_reference_point, wide
+from bnf_core._checks import at_least_float32, check_bool, check_floating, check_positive, check_reference_point
 from bnf_core.batch import TokenBatch, sequence_logps
 from bnf_core.objectives.registry import objective
 
@@ -44,7 +44,7 @@ def kto_constraint(
     check_bool("preferred", preferred, tuple(log_ratio.shape))
     beta, z0 = check_positive("beta", beta), check_reference_point(z0)
     lambda_d, lambda_u = check_positive("lambda_d", lambda_d, zero=True), check_positive("lambda_u", lambda_u, zero=True)
-    x = beta * (wide(log_ratio) - max(z0, 0.0))
+    x = beta * (at_least_float32(log_ratio) - max(z0, 0.0))
     weight = torch.where(preferred, x.new_tensor(lambda_d), x.new_tensor(lambda_u))
     return beta * weight * torch.sigmoid(x) * torch.sigmoid(-x)
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_number, check_positive, wide
+from bnf_core._checks import at_least_float32, check_number, check_positive
 from bnf_core.batch import PairConstraint, PairLogps, TokenBatch, checked_pairs, pair_logps
 from bnf_core.objectives.registry import objective
 
@@ -120,14 +120,14 @@ def _log_odds_of_mean(log_odds: Tensor, batch: TokenBatch) -> Tensor:
 
     Where P rounds to 1, 1 - P is the mean of e^-l over the tokens, summed in logs; then a certain one has gradient 0.
     """
-    log_odds = wide(log_odds)
+    log_odds = at_least_float32(log_odds)
     mean = batch.mean(F.logsigmoid(log_odds))
     limits = torch.finfo(log_odds.dtype)
     close = mean > -(limits.eps**2)  # 1 - P = -m to more digits than there are
     # the double where: what is not chosen must be finite too, or its gradient is 0 * inf
     x = torch.where(close[batch.response], -log_odds.clamp(max=limits.max**0.5), 0)
-    top = x.new_full((batch.responses,), -torch.inf).scatter_reduce(0, batch.response.long(), x.detach(), "amax")
-    log_mean = top + batch.mean((x - top[batch.response]).exp()).log()
+    largest = x.new_full((batch.responses,), -torch.inf).scatter_reduce(0, batch.response.long(), x.detach(), "amax")
+    log_mean = largest + batch.mean((x - largest[batch.response]).exp()).log()
     return mean - torch.where(close, log_mean, log1mexp(torch.where(close, -1, mean)))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 from jaxtyping import Float
 from torch import Tensor
 
-from bnf_core._checks import check_floating, check_same_device, describe, wide
+from bnf_core._checks import at_least_float32, check_floating, check_same_device, describe
 from bnf_core.batch import TokenBatch
 
 __all__ = [
@@ -79,9 +79,12 @@ class ObjectiveSpec:
 
     def per_token(self, batch: TokenBatch, scale: float | Tensor) -> tuple[Tensor, ...]:
         """sign and weight of each token, and ref_log_odds if the loss needs them: its sum is scale * the sum of losses."""
-        sign = batch.sign if batch.ref_log_odds is None else batch.sign.to(wide(batch.ref_log_odds).dtype)
+        sign = batch.sign if batch.ref_log_odds is None else batch.sign.to(at_least_float32(batch.ref_log_odds).dtype)
         weight = batch.weighted(scale / batch.lengths.to(sign.dtype))
-        constants = sign[batch.response], weight[batch.response]
+        weight = weight[batch.response]
+        if batch.weight is not None:
+            weight = weight * batch.weight.to(weight.dtype)
+        constants = sign[batch.response], weight
         return (*constants, _ref_log_odds(batch, "this objective")) if self.reference else constants
 
 
@@ -116,7 +119,7 @@ def objective(
 
     A loss per token, L(l, s[, l_ref]), becomes the objective 1 / |y| sum_t L of each response, and trains in one pass
     through the head, three matrix products in place of four. s is +1 in a preferred response, -1 in a dispreferred one. A
-    loss that is not of pairs is weighted by |batch.score| where the batch has scores.
+    loss that is not of pairs is weighted by |batch.score| where the batch has scores, and each token's by batch.weight.
 
     Args:
       per: "token", "response" or "pair".
@@ -206,7 +209,7 @@ def _mean_over_tokens(token_loss: TokenLoss, reference: bool, constant: TokenLos
     def losses(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, **hyper: Any) -> Float[Tensor, " responses"]:
         check_floating("log_odds", log_odds, tuple(batch.response.shape))
         check_same_device(log_odds=log_odds, response=batch.response)
-        log_odds = wide(log_odds)
+        log_odds = at_least_float32(log_odds)
         constants = [batch.sign[batch.response].to(log_odds.dtype)]
         if reference:
             constants.append(_ref_log_odds(batch, name).to(log_odds.dtype))

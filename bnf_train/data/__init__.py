@@ -1,7 +1,7 @@
 """Rows to batches: read a file, find prompt and response, render with the chat template, select, collate."""
 
 from bnf_train.data.collate import Collator, model_inputs, packed, passes
-from bnf_train.data.read import has_splits, read_rows
+from bnf_train.data.read import has_splits, parse_share, parse_source, read_rows
 from bnf_train.data.rows import Counts, Response, Row, RowRefused, Rules
 from bnf_train.data.select import check_ids, digest, mask_pairs, read_and_tokenize, split_by_prompt
 from bnf_train.data.template import Options, Template
@@ -24,6 +24,8 @@ __all__ = [
     "mask_pairs",
     "model_inputs",
     "packed",
+    "parse_share",
+    "parse_source",
     "passes",
     "read_and_tokenize",
     "read_rows",

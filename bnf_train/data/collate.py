@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnf_train.data.rows import Row
+from bnf_train.data.rows import Response, Row
 
 # what `forward` takes of a batch: a padded one has attention_mask, a packed one position_ids and cu_seq_lens
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "response_positions", "response_labels")
 
 PER_RESPONSE = ("preferred", "row", "paired", "number", "score")
-PER_TOKEN = ("response_positions", "response_labels", "response", "ref_log_odds")
+PER_TOKEN = ("response_positions", "response_labels", "response", "ref_log_odds", "weight")
 
 WORTH_PACKING = 1.1  # times as much work with padding as without
 
@@ -27,7 +27,8 @@ class Collator:
     batches for which attention over a packed sequence would cost more than the padding (`worth_packing`).
 
     Logits at position t - 1 predict token t: `response_positions` are the flat (sequence * length + t - 1) places of
-    the hidden states that predict the response tokens `response_labels`. Which token pads plays no part.
+    the hidden states that predict the response tokens `response_labels`: those that count, if a response has `weights`;
+    weights other than 0 and 1 are the batch's `weight`. Which token pads plays no part.
 
     Example:
       >>> from bnf_train.data import Response
@@ -44,6 +45,7 @@ class Collator:
       preferred [True, False]
       row [0, 0]
       paired [True, True]
+      score [1.0, -1.0]
       number [0, 0]
     """
 
@@ -65,11 +67,11 @@ class Collator:
                 "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
                 "attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).long(),
             }
-        starts = [int(f) + r.prompt_length for f, r in zip(first, responses, strict=False)]
-        tokens = [r.tokens for r in responses]
+        counted = [_counted(r) for r in responses]
+        tokens = [len(places) for places in counted]
         batch |= {
-            "response_positions": _joined([torch.arange(s - 1, s - 1 + n) for s, n in zip(starts, tokens, strict=True)]),
-            "response_labels": _joined([x[r.prompt_length :] for r, x in zip(responses, ids, strict=False)]),
+            "response_positions": _joined([f - 1 + places for f, places in zip(first, counted, strict=False)]),
+            "response_labels": _joined([x[places] for x, places in zip(ids, counted, strict=False)]),
             "response": torch.arange(len(responses)).repeat_interleave(torch.tensor(tokens, dtype=torch.long)),
             "preferred": torch.tensor([r.preferred for r in responses], dtype=torch.bool),
             "row": torch.tensor([i for i, row in enumerate(rows) for _ in row.responses], dtype=torch.long),
@@ -79,7 +81,16 @@ class Collator:
         }
         if all(r.ref_log_odds is not None for r in responses):
             batch["ref_log_odds"] = _joined([r.ref_log_odds for r in responses], torch.float32)
+        if any(weight not in (0, 1) for r in responses for weight in r.weights or ()):
+            batch["weight"] = torch.tensor([weight for r in responses for weight in r.counted_weights])
         return batch
+
+
+def _counted(response: Response) -> Tensor:
+    """Places of the tokens that count."""
+    if response.weights is None:
+        return torch.arange(response.prompt_length, len(response.input_ids))
+    return torch.tensor(response.counted, dtype=torch.long)
 
 
 def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype = torch.long) -> Tensor:

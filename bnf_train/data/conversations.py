@@ -10,10 +10,12 @@ from bnf_train.data.rows import RowRefused
 from bnf_train.data.values import label_or_value, list_or_text, messages_or_text, shown
 
 Message = dict[str, Any]
+Span = tuple[int, int, float]  # first character, the one behind the last, weight
 
 SHAPES = "(prompt, chosen, rejected), (prompt, completion, label) or (prompt, completions, labels)"
 RESPONSES = ("chosen", "rejected", "completion", "completions")
-COLUMNS = ("prompt", "conversations", *RESPONSES, "label", "labels", "score", "scores", "system", "tools")
+SPANS = {"chosen": "chosen_spans", "rejected": "rejected_spans", "completion": "spans", "completions": "spans"}  # beside them
+COLUMNS = ("prompt", "conversations", *RESPONSES, "label", "labels", "score", "scores", "system", "tools", *SPANS.values())
 MOST_SCORE = 100  # a score stands in place of +1 or -1: a larger one is of another kind
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles that templates know by others
 
@@ -24,6 +26,9 @@ class Answer:
 
     message: Message
     score: float
+    spans: list[Span] = field(default_factory=list)  # what characters of its text weigh; all others weigh 1
+    before: list[Message] = field(default_factory=list)  # messages of its own between the prompt and it
+    silent: set[int] = field(default_factory=set)  # places in prompt and `before` of messages of weight 0
 
 
 @dataclass
@@ -39,8 +44,11 @@ class Conversation:
     scored: bool = False  # the answers have scores of their own
 
 
-def to_conversation(row: RawRow, where: str) -> Conversation:
+def to_conversation(row: RawRow, where: str, several_turns: bool = False) -> Conversation:
     """The row in one form, whatever its shape.
+
+    Args:
+      several_turns: responses may have more messages before the last.
 
     Raises:
       RowRefused: the row has no known shape, a response is empty, or where the prompt ends is not certain.
@@ -53,31 +61,117 @@ def to_conversation(row: RawRow, where: str) -> Conversation:
     if not any(m["content"].strip() or m.get("tool_calls") for m in prompt):
         prompt, is_text = [], False
     if all(len(messages) > 1 for messages in turns) and not (prompt and _begin_apart(turns, prompt)):
-        prompt, turns = _whole_conversations(prompt, turns, where)  # whole conversations: what they share is the prompt
+        prompt, turns = _whole_conversations(
+            prompt, turns, where, several_turns
+        )  # whole conversations: what they share is the prompt
     if not prompt:
         raise RowRefused(
             "malformed", f"{where}: expected a prompt, got none: add a prompt column, or the messages before the response."
         )
     for (name, _, _), messages in zip(sides, turns, strict=True):
-        if len(messages) > 1 and messages[0]["role"] == "assistant":
+        last = messages[-1:] if several_turns and _goes_on(prompt, messages) else messages
+        if len(last) > 1 and last[0]["role"] == "assistant":
             raise RowRefused(
                 "several_turns",
-                f"{where}: {name}: a response of {len(messages)} messages, and responses of several turns are not supported.",
+                f"{where}: {name}: a response of {len(messages)} messages, and responses of several turns are not supported "
+                "but by --train_on all_assistant.",
             )
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
+        if len(last) != 1 or last[0]["role"] != "assistant":
             raise RowRefused(
                 "malformed",
                 f"{where}: {name}: expected one assistant message after a shared prompt, "
                 f"got the roles {', '.join(shown(m['role']) for m in messages) or 'of no message'}.",
             )
-        if not messages[0]["content"].strip() and not messages[0].get("tool_calls"):
+        if not last[0]["content"].strip() and not last[0].get("tool_calls"):
             raise RowRefused("empty", f"{where}: {name}: expected a response, got an empty one.")
-    answers = [Answer(messages[0], score) for messages, (_, _, score) in zip(turns, sides, strict=True)]
+    prompt = _with_system(row, prompt, where)
+    prompt, silent = _without_weights(prompt, f"{where}: prompt")
+    spans, columns = _spans_beside(row, sides, where)
+    answers = [
+        _answer(messages, side, beside, (len(prompt), silent), where)
+        for messages, side, beside in zip(turns, sides, spans, strict=True)
+    ]
     pair = [name for name, _, _ in sides] == ["chosen", "rejected"]
-    tools, more = _tools(row, where), used | {name for name in ("tools", "system") if row.get(name) is not None}
+    tools, more = _tools(row, where), used | columns | {name for name in ("tools", "system") if row.get(name) is not None}
     more |= {name for name in ("prompt", "conversations") if raw_prompt is not None and row.get(name) is raw_prompt}
     scored = bool(used & {"score", "scores"})
-    return Conversation(_with_system(row, prompt, where), answers, tools, pair, is_text, more, scored)
+    return Conversation(prompt, answers, tools, pair, is_text, more, scored)
+
+
+def _goes_on(prompt: list[Message], messages: list[Message]) -> bool:
+    """Whether messages go on after a prompt, turn by turn, to an assistant's last."""
+    turns = (prompt[-1]["role"] == "assistant") != (messages[0]["role"] == "assistant") if messages else False
+    return turns and messages[-1]["role"] == "assistant"
+
+
+def _answer(
+    messages: list[Message], side: tuple[str, Any, float], beside: Any, prompt: tuple[int, set[int]], where: str
+) -> Answer:
+    """Of the messages of a response, behind a prompt of so many messages with these silent ones."""
+    (name, _, score), (length, silent) = side, prompt
+    (*before, message), zero = _without_weights(messages, f"{where}: {name}")
+    at = len(before)
+    own = message.pop("spans", None)
+    if beside is not None and own is not None:
+        raise RowRefused("malformed", f"{where}: {name}: expected spans once, got them in the message and beside it.")
+    spans = _spans(own if beside is None else beside, message["content"], f"{where}: {name}")
+    return Answer(message, 0.0 if at in zero else score, spans, before, silent | {length + i for i in zero if i < at})
+
+
+def _without_weights(messages: list[Message], where: str) -> tuple[list[Message], set[int]]:
+    """Assistant messages without their key `weight`, and the places of those that have 0; others do not count anyway."""
+    zero = set()
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and "weight" in message:
+            weight = message["weight"]
+            if isinstance(weight, bool) or weight not in (0, 1):
+                raise RowRefused("malformed", f"{where}: weight of message {number + 1}: expected 0 or 1, got {shown(weight)}.")
+            zero |= set() if weight else {number}
+    stripped = [{k: v for k, v in m.items() if k != "weight" or m["role"] != "assistant"} for m in messages]
+    return stripped, zero
+
+
+def _spans_beside(row: RawRow, sides: list[tuple[str, Any, float]], where: str) -> tuple[list[Any], set[str]]:
+    """The spans in the columns beside the responses, None where there are none, and the columns."""
+    kinds = [name.split()[0] for name, _, _ in sides]  # completions have a number, too
+    columns = {SPANS[kind] for kind in kinds if row.get(SPANS[kind]) is not None}
+    if kinds[:1] != ["completions"]:
+        return [row.get(SPANS[kind]) for kind in kinds], columns
+    spans = list_or_text(row.get("spans"))
+    if spans is None or spans == "":
+        return [None] * len(sides), columns
+    if not isinstance(spans, list) or len(spans) != len(sides):
+        got = len(spans) if isinstance(spans, list) else shown(spans)
+        raise RowRefused("malformed", f"{where}: spans: expected a list for each of {len(sides)} completions, got {got}.")
+    return spans, columns
+
+
+def _spans(value: Any, text: str, where: str) -> list[Span]:
+    """In the order of the text."""
+    value = list_or_text(value)
+    if value is None or value == "":
+        return []
+    found = [_span(span, where) for span in value] if isinstance(value, list) else [_span(value, where)]
+    found.sort()
+    end = 0
+    for span in found:
+        if not end <= span[0] < span[1] <= len(text):
+            raise RowRefused(
+                "malformed",
+                f"{where}: spans: expected start < end within the {len(text)} characters of the response, none over another, "
+                f"got {list(span)}.",
+            )
+        end = span[1]
+    return found
+
+
+def _span(value: Any, where: str) -> Span:
+    numbers = isinstance(value, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
+    sound = numbers and len(value) == 3 and all(abs(x) < 1e15 for x in value)  # NaN is not
+    if not sound or value[2] < 0 or any(x % 1 for x in value[:2]):
+        got = f"[{', '.join(map(shown, value[:4]))}]" if isinstance(value, list) else shown(value)
+        raise RowRefused("malformed", f"{where}: spans: expected [start, end, weight] with a weight from 0, got {got}.")
+    return int(value[0]), int(value[1]), float(value[2])
 
 
 def _sides(row: RawRow, where: str) -> tuple[list[tuple[str, Any, float]], set[str]]:
@@ -130,14 +224,14 @@ def _begin_apart(turns: list[list[Message]], prompt: list[Message]) -> bool:
 
 
 def _whole_conversations(
-    prompt: list[Message], turns: list[list[Message]], where: str
+    prompt: list[Message], turns: list[list[Message]], where: str, several_turns: bool
 ) -> tuple[list[Message], list[list[Message]]]:
     shared = _shared(turns)
     texts = {message["content"].strip() for message in shared}
     if any(message["content"].strip() not in texts for message in prompt):
         raise RowRefused("no_boundary", f"{where}: prompt: expected a part of the conversations beside it, got other text.")
     rest = [messages[len(shared) :] for messages in turns]
-    if any(len(messages) > 1 for messages in rest):
+    if not several_turns and any(len(messages) > 1 for messages in rest):
         differ = " and ".join(str(len(messages)) for messages in rest)
         raise RowRefused(
             "several_turns",

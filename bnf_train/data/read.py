@@ -49,13 +49,26 @@ def read_rows(source: str, split: str = "train") -> list[RawRow]:
 
 
 def parse_source(source: str) -> tuple[str, str | None]:
-    """The source and the split that `=split` at its end names, if it does; a file may have = in its name.
+    """The source and the split that `=split` at its end names, or `:split` one of SPLITS; a file may have = in its name.
 
-    >>> parse_source("org/name:configuration=validation"), parse_source("rows.jsonl")
-    (('org/name:configuration', 'validation'), ('rows.jsonl', None))
+    >>> parse_source("org/name:configuration=validation"), parse_source("org/name:test"), parse_source("rows.jsonl")
+    (('org/name:configuration', 'validation'), ('org/name', 'test'), ('rows.jsonl', None))
     """
-    match = re.fullmatch(r"(.+)=(\w+)", source)
-    return (match[1], match[2]) if match and not Path(source).exists() else (source, None)
+    if Path(source).exists():
+        return source, None
+    known = "|".join(name for names in SPLITS.values() for name in names)
+    match = re.fullmatch(r"(.+)=(\w+)", source) or re.fullmatch(rf"(.+):({known})", source)
+    return (match[1], match[2]) if match else (source, None)
+
+
+def parse_share(source: str) -> tuple[str, float]:
+    """The source and the share of its rows that `=0.3` at its end asks for, 1 where it does not.
+
+    >>> parse_share("rows.jsonl=0.3"), parse_share("org/name:train=0.05"), parse_share("rows.jsonl")
+    (('rows.jsonl', 0.3), ('org/name:train', 0.05), ('rows.jsonl', 1.0))
+    """
+    match = re.fullmatch(r"(.+)=(0?\.\d+|1\.0*)", source)
+    return (match[1], float(match[2])) if match and not Path(source).exists() else (source, 1.0)
 
 
 def has_splits(source: str) -> bool:

@@ -1,5 +1,6 @@
 """A row of the data as it is trained on, and what was counted on the way."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,7 +13,12 @@ from bnf_train.rules import RULES
 class Response:
     """One response with its prompt, as token ids; `ref_log_odds` is filled in by the reference pass.
 
-    `score` is what it counts in the loss in place of +1 or -1, with the sign of its label; None: +1 or -1.
+    `score` is what it counts in the loss in place of +1 or -1, with the sign of its label; None: +1 or -1. `weights` says what
+    each token from `prompt_length` on counts; None: 1. The loss does not see tokens of weight 0, nor does the reference.
+
+    >>> response = Response([5, 6, 7, 8], 1, True, weights=[1, 0, 0.5])
+    >>> list(response.counted), response.tokens, response.counted_weights
+    ([1, 3], 2, [1, 0.5])
     """
 
     input_ids: list[int]
@@ -20,10 +26,22 @@ class Response:
     preferred: bool
     ref_log_odds: Tensor | None = None
     score: float | None = None
+    weights: list[float] | None = None
+
+    @property
+    def counted(self) -> Sequence[int]:
+        """Places of the tokens that count."""
+        places = range(self.prompt_length, len(self.input_ids))
+        return places if self.weights is None else [at for at, weight in zip(places, self.weights, strict=True) if weight]
+
+    @property
+    def counted_weights(self) -> list[float]:
+        return [1.0] * self.tokens if self.weights is None else [weight for weight in self.weights if weight]
 
     @property
     def tokens(self) -> int:
-        return len(self.input_ids) - self.prompt_length
+        """The number of tokens that count."""
+        return len(self.counted)
 
 
 @dataclass
@@ -33,6 +51,7 @@ class Row:
     prompt: str
     responses: list[Response]
     number: int = 0  # in its source, from 1
+    source: str = ""  # as --dataset names it
     group: bool = False  # any number of responses, of which no two are a pair
 
     @property
@@ -76,6 +95,8 @@ class Counts:
     cut: list[int] = field(default_factory=list)  # once for each response
     same_sides: list[int] = field(default_factory=list)
     zero: list[int] = field(default_factory=list)  # once for each response
+    uncounted: list[int] = field(default_factory=list)  # once for each response
+    turns: list[int] = field(default_factory=list)  # once for each earlier turn that counts
     rewritten: list[int] = field(default_factory=list)  # once for each response
     added: list[int] = field(default_factory=list)  # once for each response
     added_text: str = ""  # the first text that the template added
@@ -89,7 +110,9 @@ class Counts:
         said = {f"responses cut at the end (--too_long {rules['too_long']})": self.cut}
         said |= {f"{RULES[rule].drops} (--{rule} {rules[rule]})": numbers for rule, numbers in self.left_out.items()}
         said["pairs with the same response on both sides, from which there is nothing to learn"] = self.same_sides
-        said["responses left out because their score is 0"] = self.zero
+        said["responses left out because their score or weight is 0"] = self.zero
+        said["responses left out because no token of them counts"] = self.uncounted
+        said["earlier assistant turns that count, too (--train_on all_assistant)"] = self.turns
         said["responses whose text the chat template would change; the text itself is trained on"] = self.rewritten
         said[
             f"responses to which the chat template adds text, {self.added_text!r} first, which is trained on, too "

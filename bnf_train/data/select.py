@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from bnf_train.data.card import card
-from bnf_train.data.read import has_splits, other_splits, read_rows
+from bnf_train.data.read import has_splits, other_splits, parse_share, read_rows
 from bnf_train.data.rows import Row, Rules
 from bnf_train.data.show import show
 from bnf_train.data.template import Options
@@ -24,12 +24,13 @@ from bnf_train.rules import RULES
 class Choice(Protocol):
     """What `read_and_tokenize` reads of a config: the flags of the same names, and RULES."""
 
-    dataset: str | None
+    datasets: list[str]
     eval_dataset: str | None
     eval_size: float
     max_length: int
     pairing_ratio: float
     score_center: str
+    train_on: str
     show_examples: int
     seed: int
 
@@ -42,37 +43,48 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
     options = Options(**config.template_options())
 
     def tokenized(source: str, split: str) -> list[Row]:
-        raw = read_rows(source, split)
+        name, share = parse_share(source)
+        raw = read_rows(name, split)
         if not raw:
             return []
-        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options)
+        if share < 1:
+            raw = [raw[i] for i in sorted(random.Random(config.seed).sample(range(len(raw)), max(1, round(share * len(raw)))))]
+        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options, config.train_on)
         if config.score_center == "mean":
             rows = center_scores(rows, source)
         for line in card(rows, counts, rules, source, split, config.max_length):
             console.print(line)
         return rows
 
-    assert config.dataset is not None
-    train_rows = tokenized(config.dataset, "train")
-    if config.eval_dataset:
-        held_out = tokenized(config.eval_dataset, "test")
-        if not held_out:
-            raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
-    else:
-        held_out = tokenized(config.dataset, "test") if has_splits(config.dataset) else []
-    if unused := other_splits(config.dataset):
-        console.print(
-            f"{config.dataset}: splits that are not used: {', '.join(unused)} (--dataset {config.dataset}={unused[0]})."
-        )
-    if not held_out:
-        train_rows, held_out = split_by_prompt(train_rows, config.eval_size, config.seed)
+    def both(source: str) -> tuple[list[Row], list[Row]]:
+        """Training and held-out rows of one source."""
+        train, held_out, name = tokenized(source, "train"), [], parse_share(source)[0]
+        if not config.eval_dataset and has_splits(name):
+            held_out = tokenized(source, "test")
+        if unused := other_splits(name):
+            console.print(f"{name}: splits that are not used: {', '.join(unused)} (--dataset {name}={unused[0]}).")
+        return (train, held_out) if held_out or config.eval_dataset else split_by_prompt(train, config.eval_size, config.seed)
+
+    train_rows: list[Row] = []
+    held_out: list[Row] = []
+    for source in config.datasets:
+        train, test = both(source)
+        train_rows, held_out = train_rows + train, held_out + test
+    if config.eval_dataset and not (held_out := tokenized(config.eval_dataset, "test")):
+        raise UsageError(f"--eval_dataset {config.eval_dataset}: expected a split named test, got none.")
+    if len(config.datasets) > 1:
+        known = {row.prompt for row in held_out}
+        seen = sum(row.prompt in known for row in train_rows)
+        train_rows = [row for row in train_rows if row.prompt not in known]
+        left = f"; {seen:,} rows left out, whose prompts are held out" if seen else ""
+        console.print(f"{len(config.datasets)} data sets: {len(train_rows):,} rows, shuffled (--seed {config.seed}){left}.")
     if config.pairing_ratio < 1:
         pairs = sum(row.pair for row in train_rows)
         train_rows = mask_pairs(train_rows, config.pairing_ratio, config.seed)
-        left = sum(row.pair for row in train_rows)
+        whole = sum(row.pair for row in train_rows)
         console.print(
-            f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {left} stay whole, "
-            f"{pairs - left} lose one side at random (--seed {config.seed})."
+            f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {whole} stay whole, "
+            f"{pairs - whole} lose one side at random (--seed {config.seed})."
         )
     show(train_rows[: config.show_examples], tokenizer, console)
     return train_rows, held_out
@@ -82,7 +94,8 @@ def digest(rows: Iterable[Row]) -> str:
     """Of all that training sees of them, in their order."""
     content = hashlib.blake2b(digest_size=16)
     for row in rows:
-        content.update(repr([(r.input_ids, r.prompt_length, r.score or r.preferred) for r in row.responses]).encode())
+        seen = [(r.input_ids, r.prompt_length, r.score or r.preferred, *(r.weights or ())) for r in row.responses]
+        content.update(repr(seen).encode())
     return content.hexdigest()
 
 
@@ -141,7 +154,7 @@ def split_by_prompt(rows: list[Row], size: float, seed: int) -> tuple[list[Row],
     return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
 
 
-def check_ids(rows: Iterable[Row], embeddings: int, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+def check_ids(rows: Iterable[Row], embeddings: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """The model's embedding has a row for every token id.
 
     Raises:
@@ -152,7 +165,7 @@ def check_ids(rows: Iterable[Row], embeddings: int, tokenizer: PreTrainedTokeniz
             if (largest := max(response.input_ids)) >= embeddings:
                 token = tokenizer.decode([largest])
                 raise UsageError(
-                    f"{source}, row {row.number}: the tokenizer makes token id {largest} ({token}), and the model's embedding "
-                    f"has {embeddings:,} rows; use the tokenizer that belongs to the model, or give the model more rows with "
-                    "resize_token_embeddings and train them."
+                    f"{row.source}, row {row.number}: the tokenizer makes token id {largest} ({token}), and the model's "
+                    f"embedding has {embeddings:,} rows; use the tokenizer that belongs to the model, or give the model more "
+                    "rows with resize_token_embeddings and train them."
                 )

@@ -1,6 +1,7 @@
 """A look at what is trained on."""
 
 from collections.abc import Iterable
+from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
@@ -12,7 +13,10 @@ LONGEST_SHOWN = 1200  # characters of a prompt or response
 
 
 def show(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print rows as the model sees them: what the loss sees stands in ⟦ ⟧ and in colour, the prompt is dim."""
+    """Print rows as the model sees them: what the loss sees stands in ⟦ ⟧ and in colour, the prompt is dim.
+
+    What does not count 1 is followed by what it counts, as in ⟦…⟧ times 0.5.
+    """
     for row in rows:
         prompt_shown = False
         for response in row.responses:
@@ -24,7 +28,11 @@ def show(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, console: Conso
                 text.append(title + "\n", "bold").append(_printable(tokenizer, ids[:start]) + "\n", "dim")
                 prompt_shown = True
             text.append(f"{label}, {response.tokens} tokens: ", "bold")
-            text.append(f"⟦{_printable(tokenizer, ids[start:])}⟧", colour)
+            weights = response.weights or [1.0] * (len(ids) - start)
+            for weight, run in groupby(zip(ids[start:], weights, strict=True), key=lambda token: token[1]):
+                part = _printable(tokenizer, [token for token, _ in run])
+                times = "" if weight == 1 else f"×{weight:g}"  # noqa: RUF001
+                text.append(f"⟦{part}⟧{times}" if weight else part, colour if weight else "dim")
             encoding = console.encoding  # a terminal that cannot show a character shows ?
             text.plain = text.plain if encoding == "utf-8" else text.plain.encode(encoding, "replace").decode(encoding)
             console.print(text)

@@ -73,8 +73,8 @@ class Template:
         self.options: dict[str, Any] = dict(options.chat_template_kwargs or {})
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special = special | set(map(str, tokenizer.all_special_tokens))
-        self._special = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
-        self._run = re.compile(f"(?:{self._special.pattern})+")
+        self.special_token = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
+        self.run = re.compile(f"(?:{self.special_token.pattern})+")
         self._left_out: dict[Any, list[int]] = {}
 
     @functools.cached_property
@@ -123,7 +123,8 @@ class Template:
           RowRefused: the template refuses it, leaves a message out, or the prompt has been through a template already.
         """
         messages, tools = conversation.prompt, conversation.tools
-        own = self._special.findall(messages[-1]["content"]) if conversation.text else []
+        text = next((m["content"] for m in messages if m["role"] == "user"), "") if conversation.text else ""
+        own = self.special_token.findall(text)
         if found := [mark for mark in own if mark in self.marks]:
             raise RowRefused(
                 "already_rendered",
@@ -132,14 +133,14 @@ class Template:
             )
         prefilled = messages[-1]["role"] == "assistant"
         try:
-            text = self(messages, tools, generate=not prefilled, unfinished=prefilled)
+            rendered = self(messages, tools, generate=not prefilled, unfinished=prefilled)
         except Exception as error:  # templates raise errors of their own, and Jinja's
             raise RowRefused(
                 "template_refuses", f"{where}: the model's chat template refuses this conversation ({one_line(error)})."
             ) from error
         for index in self.left_out(conversation):
             raise _not_rendered(messages[index], f"{where}: prompt message {index + 1}")
-        return text
+        return rendered
 
     def left_out(self, conversation: Conversation) -> list[int]:
         """Places of prompt messages of which the template writes nothing: tried once for each sequence of roles."""
@@ -176,10 +177,10 @@ class Template:
             ) from error
         if not content and not _writes(text, message):
             raise _not_rendered(message, f"{where}: response")
-        own = _not_opened(content, prompt)  # what of it is still to be written
+        own = not_opened(content, prompt)  # what of it is still to be written
         rest = text[len(prompt) :] if text.startswith(prompt) else None
-        if rest is not None and own == content and (at := _find(content, rest)) >= 0:
-            body, end = self._closed(rest)
+        if rest is not None and own == content and (at := find_in(content, rest)) >= 0:
+            body, end = self.closed(rest)
             return Written(self._once(body), end, rest[:at].strip(), False)
         if self.frame is None or message.keys() > {"role", "content"}:
             raise RowRefused(
@@ -188,8 +189,8 @@ class Template:
                 "certain beginning.",
             )
         before = self.frame.before if own == content else ""
-        body, end = self._closed(before + own + self.frame.after)
-        return Written(self._once(body), end, before.strip(), own == content and _find(content, text) < 0)
+        body, end = self.closed(before + own + self.frame.after)
+        return Written(self._once(body), end, before.strip(), own == content and find_in(content, text) < 0)
 
     @functools.cached_property
     def frame(self) -> Frame | None:
@@ -213,25 +214,34 @@ class Template:
             text = self([{"role": "user", "content": "Name a colour."}], generate=True)
         except Exception:
             return set()
-        return set(self._special.findall(text)) - {str(self.tokenizer.bos_token)} if self.special else set()
+        return set(self.special_token.findall(text)) - {str(self.tokenizer.bos_token)} if self.special else set()
 
-    def _closed(self, rest: str) -> tuple[str, str]:
+    @functools.cached_property
+    def openings(self) -> set[str]:
+        """Special tokens that the template writes before a user's text."""
+        try:
+            text = self([{"role": "user", "content": SENTINEL}], generate=True)
+        except Exception:
+            return set()
+        return set(self.special_token.findall(text.partition(SENTINEL)[0]))
+
+    def closed(self, rest: str) -> tuple[str, str]:
         """What follows a prompt, in two: the response, and the special tokens right behind it; the EOS where there is none."""
         after = self.frame.after if self.frame is not None else ""
         if after and rest.endswith(after):
             body = rest[: -len(after)]
         else:
             body, after = rest, ""
-            while match := re.search(rf"(?:{self._special.pattern})\s*\Z", body):
+            while match := re.search(rf"(?:{self.special_token.pattern})\s*\Z", body):
                 body, after = body[: match.start()], match[0] + after
-        first = self._run.search(after)
+        first = self.run.search(after)
         if first is None:
             return body + after.rstrip(), self.eos
         return body + after[: first.start()], first[0]
 
     def _once(self, body: str) -> str:
         """Without the end of turn that the data bring along."""
-        ends = {self.eos} | ({m[0]} if self.frame and (m := self._run.search(self.frame.after)) else set())
+        ends = {self.eos} | ({m[0]} if self.frame and (m := self.run.search(self.frame.after)) else set())
         while tail := next((end for end in ends if body.rstrip().endswith(end)), None):
             body = body.rstrip().removesuffix(tail)
         return body
@@ -239,7 +249,7 @@ class Template:
     def as_is(self, prompt: str, response: str) -> tuple[str, Written]:
         """Prompt and response that have been through a template, as they stand."""
         body = self._once(response)
-        _, end = self._closed(self.frame.after if self.frame else "")
+        _, end = self.closed(self.frame.after if self.frame else "")
         return prompt, Written(body, end, "", False)
 
     def unread(self, names: set[str], keys: set[str], tools: Any = None) -> list[str]:
@@ -290,7 +300,7 @@ def _dated(template: str, date: datetime.datetime) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(written)}[format] }}}}{{% endmacro +%}}{template}"
 
 
-def _not_opened(content: str, prompt: str) -> str:
+def not_opened(content: str, prompt: str) -> str:
     """The response without the tag that the prompt has opened already, such as <think>."""
     match = OPENED.search(prompt)
     if match is None:
@@ -302,7 +312,7 @@ def _not_opened(content: str, prompt: str) -> str:
     return rest.removeprefix(match[0][len(tag) :])
 
 
-def _find(part: str, text: str) -> int:
+def find_in(part: str, text: str) -> int:
     """Where a part stands in a text, whatever became of its white space; -1: nowhere."""
     if (at := text.find(part.strip())) >= 0:
         return at

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bnf_train.data.conversations import Conversation, to_conversation
+from bnf_train.data.conversations import Answer, Conversation, Span, to_conversation
+from bnf_train.data.counting import check_one_turn, earlier_turns, placed, token_weights
 from bnf_train.data.files import RawRow
 from bnf_train.data.rows import Counts, Response, Row, RowRefused, Rules
 from bnf_train.data.template import Options, Template, Written
@@ -20,14 +22,32 @@ from bnf_train.rules import RULES
 
 CHUNK = 512  # rows that are tokenised at once
 
+_Prompt = tuple[str, tuple[Span, ...]]  # with the turns of it that count
+
+
+class _Side(NamedTuple):
+    """A response as text, with the prompt before it."""
+
+    answer: Answer
+    prompt: str
+    turns: list[Span]  # of the prompt that count, too
+    written: Written
+    spans: list[Span]  # of the response that do not count 1
+
 
 class _Text(NamedTuple):
     """A row as text."""
 
     number: int
     conversation: Conversation
-    prompt: str
-    responses: list[Written]
+    sides: list[_Side]
+
+
+class _Encoded(NamedTuple):
+    """Token ids, and what each counts; None: all the same."""
+
+    ids: list[int]
+    weights: list[float] | None = None
 
 
 def tokenize(
@@ -37,8 +57,12 @@ def tokenize(
     source: str,
     rules: Rules | None = None,
     options: Options | None = None,
+    train_on: str = "last",
 ) -> tuple[list[Row], Counts]:
     """Rows rendered with the model's chat template, and what was cut or left out.
+
+    Args:
+      train_on: "last": the responses count; "all_assistant": the assistant's turns before them, too, with their label.
 
     Raises:
       UsageError: the tokenizer has no chat template or EOS, a row is not as `rules` ask, or no row is left.
@@ -46,6 +70,7 @@ def tokenize(
     if not isinstance(rows, Sequence):
         raise UsageError(f"{source}: a stream instead of a table, but {WHY_NOT_STREAMED}; load it without streaming.")
     run = _Run(tokenizer, max_length, source, rules or Rules(), Template(tokenizer, options), Counts(len(rows)))
+    run.every_turn = train_on == "all_assistant"
     kept: list[Row] = []
     quiet = True if int(os.environ.get("RANK", 0)) else None  # None: on a terminal only
     with tqdm(total=len(rows), desc=f"tokenising {Path(source).name}", leave=False, disable=quiet) as progress:
@@ -61,6 +86,8 @@ def tokenize(
 
 class _Run:
     """The state of one call of `tokenize`."""
+
+    every_turn = False  # earlier turns of the assistant count, too
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, source: str, rules: Rules, template: Template, counts: Counts
@@ -94,7 +121,7 @@ class _Run:
 
     def _text(self, raw: RawRow, number: int, where: str) -> _Text | None:
         self._columns |= {name for name, value in raw.items() if value is not None}
-        conversation = to_conversation(raw, where)
+        conversation = to_conversation(raw, where, self.every_turn)
         self._used |= conversation.used
         counted = [answer for answer in conversation.answers if answer.score]
         self.counts.zero += [number] * (len(conversation.answers) - len(counted))
@@ -103,25 +130,45 @@ class _Run:
         conversation.answers = counted
         if self._is_duplicate(conversation, number, where):
             return None
-        for message in (*conversation.prompt, *(answer.message for answer in conversation.answers)):
+        own = (message for answer in conversation.answers for message in (*answer.before, answer.message))
+        for message in (*conversation.prompt, *own):
             self._keys |= message.keys()
-        messages = [answer.message for answer in conversation.answers]
         try:
-            prompt = self.template.prompt(conversation, where)
+            return _Text(number, conversation, self._sides(conversation, where))
         except RowRefused as refused:
             choice = self.rules[refused.rule]
             if refused.rule != "already_rendered" or choice not in ("as_is", "text"):
                 raise
             if choice == "as_is":
-                pairs = [self.template.as_is(conversation.prompt[-1]["content"], m["content"]) for m in messages]
-                return _Text(number, conversation, pairs[0][0], [written for _, written in pairs])
+                return _Text(number, conversation, [self._as_is(conversation, a, where) for a in conversation.answers])
             conversation.text = False
-            prompt = self.template.prompt(conversation, where)
-        return _Text(number, conversation, prompt, [self.template.response(conversation, m, prompt, where) for m in messages])
+            return _Text(number, conversation, self._sides(conversation, where))
+
+    def _sides(self, conversation: Conversation, where: str) -> list[_Side]:
+        shared: tuple[str, list[Span]] | None = None  # answers without messages of their own before them have one prompt
+        sides = []
+        for answer in conversation.answers:
+            own = replace(conversation, prompt=[*conversation.prompt, *answer.before]) if answer.before else conversation
+            if answer.before or shared is None:
+                prompt = self.template.prompt(own, where)
+                turns = earlier_turns(self.template, own, answer.silent, prompt, where) if self.every_turn else []
+                shared = shared if answer.before else (prompt, turns)
+            else:
+                prompt, turns = shared
+            written = self.template.response(own, answer.message, prompt, where)
+            sides.append(_Side(answer, prompt, turns, written, placed(answer, prompt, written, where)))
+        return sides
+
+    def _as_is(self, conversation: Conversation, answer: Answer, where: str) -> _Side:
+        prompt, written = self.template.as_is(conversation.prompt[-1]["content"], answer.message["content"])
+        if self.every_turn:
+            check_one_turn(self.template, prompt, bool(answer.before), where)
+        return _Side(answer, prompt, [], written, placed(answer, prompt, written, where))
 
     def _is_duplicate(self, conversation: Conversation, number: int, where: str) -> bool:
         """Whether the row is left out as an exact duplicate."""
-        content = [conversation.prompt, conversation.tools, [(a.message, a.score) for a in conversation.answers]]
+        answers = [(a.message, a.score, a.spans, a.before, sorted(a.silent)) for a in conversation.answers]
+        content = [conversation.prompt, conversation.tools, answers]
         key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
         if key not in self._seen:
             self._seen.add(key)
@@ -137,69 +184,119 @@ class _Run:
         """Prompt and response tokenised apart, as the model meets them at inference."""
         if not texts:  # the tokenizer takes no empty batch
             return
-        prompts = [self._one_bos(ids) for ids in self._ids([text.prompt for text in texts])]
-        answers = [(text, written) for text in texts for written in text.responses]
-        responses = iter(self._responses(answers, {t.number: ids for t, ids in zip(texts, prompts, strict=True)}))
-        for text, prompt in zip(texts, prompts, strict=True):
-            row = self._row(text, prompt, [next(responses) for _ in text.responses])
+        sides = [side for text in texts for side in text.sides]
+        prompts = self._prompts(sides)
+        responses = iter(self._responses(sides, prompts))
+        for text in texts:
+            row = self._row(text, [(prompts[_prompt_of(side)], next(responses)) for side in text.sides])
             if row is not None:
                 yield row
 
-    def _responses(self, answers: Sequence[tuple[_Text, Written]], prompts: dict[int, list[int]]) -> list[list[int]]:
-        apart = self._ids([written.text + written.end for _, written in answers])
+    def _prompts(self, sides: Sequence[_Side]) -> dict[_Prompt, _Encoded]:
+        distinct = list(dict.fromkeys(map(_prompt_of, sides)))
+        encoded = self._encoded([prompt for prompt, _ in distinct], [turns and (list(turns), 0) for _, turns in distinct])
+        return {key: self._one_bos(of) for key, of in zip(distinct, encoded, strict=True)}
+
+    def _responses(self, sides: Sequence[_Side], prompts: dict[_Prompt, _Encoded]) -> list[_Encoded]:
+        apart = self._encoded([s.written.text + s.written.end for s in sides], [s.spans and (s.spans, 1) for s in sides])
         if not self._dummy_prefix:
             return apart
         # a text of its own would begin with a space that it has not behind a prompt
-        whole = [self._one_bos(ids) for ids in self._ids([text.prompt + w.text + w.end for text, w in answers])]
+        shifted = [[(a + len(s.prompt), b + len(s.prompt), w) for a, b, w in s.spans] for s in sides]
+        whole = self._encoded(
+            [s.prompt + s.written.text + s.written.end for s in sides], [spans and (spans, 1) for spans in shifted]
+        )
         found = []
-        for (text, _), joined, alone in zip(answers, whole, apart, strict=True):
-            prompt = prompts[text.number]
-            found.append(joined[len(prompt) :] if joined[: len(prompt)] == prompt else alone)
+        for side, joined, alone in zip(sides, map(self._one_bos, whole), apart, strict=True):
+            prompt = prompts[_prompt_of(side)].ids
+            behind = _Encoded(joined.ids[len(prompt) :], joined.weights and joined.weights[len(prompt) :])
+            found.append(behind if joined.ids[: len(prompt)] == prompt else alone)
         return found
 
+    def _encoded(self, texts: Sequence[str], counts: Sequence[Any]) -> list[_Encoded]:
+        """Token ids of texts; where there are (spans, what counts outside of them), what each token counts, too."""
+        plain = iter(self._ids([text for text, of in zip(texts, counts, strict=True) if not of]))
+        weighed = iter(self._weighed([(text, *of) for text, of in zip(texts, counts, strict=True) if of]))
+        return [next(weighed) if of else _Encoded(next(plain)) for of in counts]
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # the tokenizer takes no empty batch
+            return []
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def _one_bos(self, ids: list[int]) -> list[int]:
+    def _weighed(self, texts: list[tuple[str, list[Span], float]]) -> list[_Encoded]:
+        if not texts:
+            return []
+        if not self.tokenizer.is_fast:
+            raise UsageError(
+                f"{self.source}: spans and --train_on all_assistant need a fast tokenizer (one with a tokenizer.json), which "
+                f"knows where in the text its tokens stand, got {type(self.tokenizer).__name__}."
+            )
+        encoded = self.tokenizer(
+            [text for text, *_ in texts], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+            return_offsets_mapping=True, verbose=False,
+        )  # fmt: skip
+        return [
+            _Encoded(ids, token_weights(text, offsets, spans, outside))
+            for (text, spans, outside), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _one_bos(self, of: _Encoded) -> _Encoded:
         """Data that were rendered before begin with a BOS of their own, behind the template's."""
         bos = self.tokenizer.bos_token_id
         doubled = 0
-        while bos is not None and ids[doubled : doubled + 2] == [bos, bos]:
+        while bos is not None and of.ids[doubled : doubled + 2] == [bos, bos]:
             doubled += 1
-        return ids[doubled:]
+        return _Encoded(of.ids[doubled:], of.weights and of.weights[doubled:])
 
-    def _row(self, text: _Text, prompt: list[int], responses: list[list[int]]) -> Row | None:
+    def _row(self, text: _Text, encoded: list[tuple[_Encoded, _Encoded]]) -> Row | None:
         number, conversation, counts = text.number, text.conversation, self.counts
         where = f"{self.source}, row {number}"
-        longest = max(map(len, responses))
-        if not prompt or not all(responses):
+        if not all(prompt.ids and response.ids for prompt, response in encoded):
             raise UsageError(f"{where}: expected a prompt and responses of at least one token.")
-        if len(prompt) + longest > self.max_length:
+        before, behind = max(((len(p.ids), len(r.ids)) for p, r in encoded), key=sum)
+        if before + behind > self.max_length:
             if self.rules["too_long"] == "error":
                 raise UsageError(
-                    f"{where}: prompt and response have {len(prompt)} + {longest} tokens, more than "
+                    f"{where}: prompt and response have {before} + {behind} tokens, more than "
                     f"--max_length {self.max_length}: raise it, or pass --too_long cut or drop."
                 )
-            if self.rules["too_long"] == "drop" or len(prompt) >= self.max_length:
+            if self.rules["too_long"] == "drop" or max(len(p.ids) for p, _ in encoded) >= self.max_length:
                 counts.leave_out("too_long", number)
                 return None
-            counts.cut += [number for response in responses if len(prompt) + len(response) > self.max_length]
-        counts.rewritten += [number for written in text.responses if written.rewritten]
-        counts.added += [number for written in text.responses if written.added]
-        counts.added_text = counts.added_text or next((w.added for w in text.responses if w.added), "")
-        kept = [(prompt + response)[: self.max_length] for response in responses]
-        if conversation.pair and kept[0] == kept[1]:
+            counts.cut += [number for p, r in encoded if len(p.ids) + len(r.ids) > self.max_length]
+        written = [side.written for side in text.sides]
+        counts.rewritten += [number for w in written if w.rewritten]
+        counts.added += [number for w in written if w.added]
+        counts.added_text = counts.added_text or next((w.added for w in written if w.added), "")
+        scores = [side.answer.score for side in text.sides]
+        responses = [
+            self._response(prompt, response, score, score if conversation.scored else None)
+            for (prompt, response), score in zip(encoded, scores, strict=True)
+        ]
+        counted = [response for response in responses if response.tokens]
+        counts.uncounted += [number] * (len(responses) - len(counted))
+        counts.turns += [number for side in text.sides for _ in side.turns]
+        if not counted:
+            return None
+        if conversation.pair and len(counted) == 2 and _same(*counted):
             counts.same_sides.append(number)
         key = json.dumps([conversation.prompt, conversation.tools], sort_keys=True)
-        answers = [
-            Response(ids, len(prompt), answer.score > 0, score=answer.score if conversation.scored else None)
-            for ids, answer in zip(kept, conversation.answers, strict=True)
-        ]
-        return Row(key, answers, number, group=not conversation.pair and len(answers) > 1)
+        return Row(key, counted, number, self.source, group=not conversation.pair and len(counted) > 1)
+
+    def _response(self, prompt: _Encoded, response: _Encoded, sign: float, score: float | None) -> Response:
+        ids, start = (prompt.ids + response.ids)[: self.max_length], len(prompt.ids)
+        if prompt.weights is None and response.weights is None:
+            return Response(ids, start, sign > 0, score=score)
+        weights = [*(prompt.weights or [0.0] * start), *(response.weights or [1.0] * len(response.ids))][: self.max_length]
+        weights[0] = 0.0  # nothing predicts the first token
+        first = min(next((at for at, weight in enumerate(weights) if weight), start), start)
+        own = weights[first:]
+        return Response(ids, first, sign > 0, score=score, weights=None if set(own) == {1.0} else own)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -217,3 +314,11 @@ class _Run:
             raise UsageError(f"{str(self.refused).rstrip('.')} (and so in all {self.counts.rows} rows).") from self.refused
         left_out = "; ".join(self.counts.sentences(self.rules)) or "there was none"
         raise UsageError(f"{self.source}: no row is left at --max_length {self.max_length}: {left_out}.")
+
+
+def _prompt_of(side: _Side) -> _Prompt:
+    return side.prompt, tuple(side.turns)
+
+
+def _same(one: Response, other: Response) -> bool:
+    return (one.input_ids, one.prompt_length, one.weights) == (other.input_ids, other.prompt_length, other.weights)

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from bnf_train.config import BNFConfig
-from bnf_train.data import Collator, read_and_tokenize
+from bnf_train.data import Collator, parse_share, parse_source, read_and_tokenize
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attention_width
 from bnf_train.model.load import context_length, load_tokenizer
@@ -148,7 +148,7 @@ def _data(config: BNFConfig, flags: argparse.Namespace, model: PreTrainedModel) 
     config.max_length = min(config.max_length, context or config.max_length)
     width = attention_width(model)
     assert config.dataset is not None
-    there = Path(config.dataset).exists()
+    there = all(Path(parse_source(parse_share(source)[0])[0]).exists() for source in config.datasets)
     if flags.rows is None and there and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         rows, held_out = read_and_tokenize(config, tokenizer, Console(quiet=True))

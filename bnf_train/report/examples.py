@@ -14,7 +14,7 @@ from bnf_train.model.score import score
 
 @dataclass
 class TokenExample:
-    """One response: the text of its tokens, and per token the weight w and the log-likelihood shift in nats."""
+    """One response: the text of its tokens that count, and per token the weight w and the log-likelihood shift in nats."""
 
     prompt: str
     tokens: list[str]
@@ -44,10 +44,11 @@ def examples(
     for response, of in zip(chosen, scored, strict=True):
         assert response.ref_log_odds is not None
         log_odds, ref_log_odds = of.log_odds, response.ref_log_odds
+        texts = token_texts(tokenizer, response.input_ids[response.prompt_length :])
         result.append(
             TokenExample(
                 prompt=tokenizer.decode(response.input_ids[: response.prompt_length], skip_special_tokens=True).strip(),
-                tokens=token_texts(tokenizer, response.input_ids[response.prompt_length :]),
+                tokens=[texts[at - response.prompt_length] for at in response.counted],
                 weight=bnf_weight(log_odds, ref_log_odds).tolist(),
                 shift=(F.logsigmoid(log_odds) - F.logsigmoid(ref_log_odds)).tolist(),
                 preferred=response.preferred,

@@ -70,10 +70,17 @@ def write(
     history: list[dict[str, Any]],
     held_out: dict[str, float],
     examples: Sequence[TokenExample] = (),
+    by_source: Mapping[str, dict[str, float]] | None = None,
 ) -> None:
-    """metrics.json, metrics.png, report.html and README.md, from the trainer's log history and the held-out metrics."""
+    """metrics.json, metrics.png, report.html and README.md, from the trainer's log history and the held-out metrics.
+
+    Args:
+      by_source: the held-out metrics of each data set, where there are several.
+    """
     flags = {k: v for k, v in config.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
     metrics = {"config": flags, "held_out": held_out, "log": history}
+    if by_source:
+        metrics["held_out_by_dataset"] = by_source
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw_main(folder / "metrics.png", history)
 

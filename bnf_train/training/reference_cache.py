@@ -105,13 +105,20 @@ def check_same_tokens(name: str, tokenizer: PreTrainedTokenizerBase, trust_remot
 
 
 def _by_content(rows: Iterable[Row]) -> list[list[Response]]:
-    """Responses with the same token ids and prompt together; longest first, and among equals in the order of their ids."""
-    groups: defaultdict[tuple[int, bytes, int], list[Response]] = defaultdict(list)
+    """Responses of one content (token ids, prompt, which of them count) together; longest first, among equals by their ids."""
+    groups: defaultdict[tuple[int, bytes, int, bytes], list[Response]] = defaultdict(list)
     for row in rows:
         for response in row.responses:
             ids = array("i", response.input_ids).tobytes()
-            groups[-len(ids), ids, response.prompt_length].append(response)
+            groups[-len(ids), ids, response.prompt_length, _left_out(response).tobytes()].append(response)
     return [groups[key] for key in sorted(groups)]
+
+
+def _left_out(response: Response) -> "array[int]":
+    """Places of the tokens behind the prompt that do not count, as -1 - place: no token id, no length."""
+    places = range(response.prompt_length, len(response.input_ids))
+    weights = response.weights or ()
+    return array("i", [-1 - at for at, weight in zip(places, weights, strict=False) if not weight])
 
 
 def _batches(responses: Iterable[Response], batch_size: int) -> list[list[Response]]:
@@ -187,7 +194,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """All that the values depend on; neither where the model lies nor how many processes share the work."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    ids = (array("i", [len(r.input_ids), r.prompt_length, *r.input_ids]) for r in responses)
+    ids = (array("i", [len(r.input_ids), r.prompt_length, *r.input_ids]) + _left_out(r) for r in responses)
     weights = (*model.named_parameters(), *model.named_buffers())
     return {
         "weights": _digest(part for name, p in weights for part in (f"{name} {p.dtype} {list(p.shape)}".encode(), _bytes(p))),

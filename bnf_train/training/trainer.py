@@ -120,8 +120,9 @@ class BNFTrainer(ResumeMixin, Trainer):
         # a row whose other side is in another pass is no pair here; only rows of a loss per token are cut, which asks for none
         pair = None if self.one_pass else torch.where(inputs["paired"], inputs["row"], -1)
         batch = TokenBatch(
-            inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"], score=inputs["score"]
-        )
+            inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"], score=inputs["score"],
+            weight=inputs.get("weight"),
+        )  # fmt: skip
         if self.one_pass:
             token_loss, per_token = self.spec.weighted_token_loss, self.spec.per_token(batch, scale)
             loss, log_odds, entropy = model(**model_inputs(inputs), token_loss=token_loss, per_token=per_token)
@@ -134,6 +135,8 @@ class BNFTrainer(ResumeMixin, Trainer):
             batch = replace(batch, entropy=entropy)
             losses = self.objective(log_odds, batch)
             loss = losses.sum() * scale
+        if batch.weight is not None:  # metrics are of all tokens alike
+            batch = replace(batch, weight=None)
         scored = Scored(log_odds.detach(), batch, losses.detach(), inputs["paired"], self.pairwise)
         responses = measure(scored, *metrics.quantities())
         if model.training:

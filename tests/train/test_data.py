@@ -1,6 +1,7 @@
 """From rows to token ids: what is response, what is prompt, and what is refused."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from bnf_train.__main__ import main
 from bnf_train.data import (
     Collator,
     Counts,
@@ -30,6 +32,7 @@ from bnf_train.data.conversations import to_conversation
 from bnf_train.data.show import show
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
+from bnf_train.model.load import load_tokenizer
 
 SYSTEM, USER, WELL, BADLY = (
     {"role": "system", "content": "be brief"},
@@ -491,3 +494,30 @@ def test_packing_is_chosen_where_it_is_less_work() -> None:
     assert worth_packing([100, 200, 150, 90], 3456)
     assert not worth_packing([100, 200, 150, 90] * 8, 1152)  # attention over 4,000 positions is more than the padding
     assert not worth_packing([7], float("inf"))
+
+
+def test_several_data_sets_are_mixed(
+    model_folder: Path, tmp_path: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with counts and held-out metrics of its own; a share is drawn by the seed; no held-out prompt is trained on."""
+    one, two = write_rows(PAIRS, "one.jsonl"), write_rows([row | {"prompt": f"{row['prompt']}?"} for row in PAIRS], "two.jsonl")
+    output = tmp_path / "out"
+    flags = ["--model", str(model_folder), "--dataset", str(one), f"{two}=0.5", "--eval_size", "2", "--max_steps", "1"]
+    flags += ["--batch_size", "2", "--output_dir", str(output), "--disable_tqdm", "true", "--save_strategy", "no"]
+    assert main(flags) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{one}, train: 8 rows" in said
+    assert f"{two}=0.5, train: 4 rows" in said
+    assert "2 data sets: 8 rows, shuffled (--seed 42)." in said
+    metrics = json.loads((output / "metrics.json").read_text())
+    by_source, tokenizer = metrics["held_out_by_dataset"], load_tokenizer(str(model_folder))
+    assert list(by_source) == [str(one), f"{two}=0.5"]
+    assert sum(m["eval_responses/preferred"] for m in by_source.values()) == 4
+    assert metrics["held_out"]["eval_responses/preferred"] == 4
+    rows = [read_and_tokenize(parse(flags), tokenizer, Console(quiet=True))[0] for _ in range(2)]
+    assert [(row.source, row.number) for row in rows[0]] == [(row.source, row.number) for row in rows[1]]
+    shared = write_rows(PAIRS, "shared.jsonl")
+    flags[4] = str(shared)
+    flags[3] = str(one)
+    train, held_out = read_and_tokenize(parse(flags), tokenizer, Console(quiet=True))
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}

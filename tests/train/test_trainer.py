@@ -39,11 +39,12 @@ def one_step(
     packed: bool = False,
     with_empty_rows: bool = False,
     tokens_per_pass: int = 0,
+    train_on: str = "last",
 ) -> dict[str, torch.Tensor]:
     """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
     trainer = trainer_of(
         folder, rows, per_device, accumulate, objective,
-        packed=packed, with_empty_rows=with_empty_rows, tokens_per_pass=tokens_per_pass,
+        packed=packed, with_empty_rows=with_empty_rows, tokens_per_pass=tokens_per_pass, train_on=train_on,
     )  # fmt: skip
     trainer.train()
     return {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
@@ -59,6 +60,7 @@ def trainer_of(
     packed: bool = False,
     with_empty_rows: bool = False,
     tokens_per_pass: int = 0,
+    train_on: str = "last",
 ) -> BNFTrainer:
     """The trainer of `one_step`, whose reference is not its policy."""
     flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
@@ -72,7 +74,7 @@ def trainer_of(
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
     attach_log_odds_head(model)
     collator = Collator(tokenizer.pad_token_id)
-    data, _ = tokenize(rows, tokenizer, 128, "rows")
+    data, _ = tokenize(rows, tokenizer, 128, "rows", train_on=train_on)
     add_ref_log_odds(model, data, collator, config.device, False, 3)
     for row in data:  # a reference that is not the policy, so that w is not 1
         for response in row.responses:
@@ -358,7 +360,7 @@ def test_nothing_is_written_over(model_folder: Path, write_rows: WriteRows, caps
         ({"--model": "./nowhere"}, "--model ./nowhere: no such folder"),
         ({"--model": "."}, "expected a model folder with a config.json"),
         ({"--dataset": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"--dataset": "some/where/else"}, "expected a .jsonl, .json, .parquet or .csv file"),
+        ({"--dataset": "some/where/else"}, "expected a .jsonl, .json, .parquet, .arrow, .csv or .tsv file"),
     ],
 )
 def test_bad_paths_are_one_sentence_and_code_2(
