@@ -17,7 +17,7 @@ def card(rows: Sequence[Row], counts: Counts, rules: Rules, source: str, split: 
     preferred = sum(response.preferred for response in responses)
     by_prompt = Counter(row.prompt for row in rows for _ in row.responses)
     yield (
-        f"  {len(responses):,} responses to {len(by_prompt):,} prompts: {preferred:,} preferred, "
+        f"  {_number(len(responses), 'response')} to {_number(len(by_prompt), 'prompt')}: {preferred:,} preferred, "
         f"{len(responses) - preferred:,} dispreferred; {_groups(by_prompt.values())}."
     )
     prompts, answers = _spread(row.responses[0].prompt_length for row in rows), _spread(r.tokens for r in responses)
@@ -34,9 +34,13 @@ def _groups(sizes: Iterable[int]) -> str:
     """
     found = sorted(Counter(sizes).items(), key=lambda item: -item[1])
     (size, prompts), *others = found
-    first = f"{size} to a prompt ({prompts:,} prompts)"
+    first = f"{size} to a prompt ({_number(prompts, 'prompt')})"
     shown = [first, *(f"{size} ({prompts:,})" for size, prompts in others[:4])]
     return ", ".join(shown) + (", …" if len(others) > 4 else "")
+
+
+def _number(count: int, of: str) -> str:
+    return f"{count:,} {of}{'' if count == 1 else 's'}"
 
 
 def _spread(values: Iterable[int]) -> str:
