@@ -39,7 +39,7 @@ TESTS = [
     "pairwise",
     "roofline",
 ]
-TESTS += ["layout", "analysis", "properties", "every_objective"]
+TESTS += ["layout", "analysis", "properties", "every_objective", "weights"]
 FIRST = {"reference.py": "reference", "batch.py": "pairwise", "analysis.py": "analysis"}
 FIRST |= {"roofline.py": "roofline", "head/layout.py": "layout", "_checks.py": "reference_errors"}  # who is likely to notice
 SWAP = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}

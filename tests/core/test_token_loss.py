@@ -174,6 +174,15 @@ def test_logits_are_never_held(implementation: str, options: dict[str, Any]) -> 
 
 
 @every_implementation
+def test_what_stands_beside_the_loss_is_detached(implementation: str) -> None:
+    inputs = problem((7, 5, 11, 3))
+    arguments = (inputs["hidden"], inputs["weight"], inputs["labels"], LOSSES["nll"], torch.zeros(7))
+    loss, *others = linear_token_loss(*arguments, implementation=implementation)
+    assert loss.requires_grad
+    assert not any(x.requires_grad for x in others)
+
+
+@every_implementation
 def test_gradients_only_where_asked_for(implementation: str) -> None:
     inputs = problem((7, 5, 11, 3))
     inputs["weight"].requires_grad_(False)
