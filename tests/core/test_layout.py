@@ -87,3 +87,11 @@ def test_copies_of_the_weight_are_of_a_block_at_a_time(recompute: bool) -> None:
     found = sizes(8192, 4096, 128256, weight_dtype=torch.float32, recompute=recompute)
     assert found.copies == (torch.bfloat16,)
     assert found.workspace(scratch=False)["copies of the weight"] == 2 * found.block * 4096
+
+
+def test_of_a_frozen_head_one_tile_of_exponentials_is_held() -> None:
+    """In bf16, for dhidden alone; the tile of logits is in float32."""
+    found = sizes(8192, 4096, 128256, wanted=(True, False, False))
+    held = found.workspace(scratch=False)
+    assert (held["exponentials"], held["logits of a tile"]) == (2 * found.chunk * found.block, 4 * found.chunk * found.block)
+    assert sizes(8192, 4096, 128256, wanted=(False, False, False)).workspace(scratch=False)["exponentials"] == 0
