@@ -253,7 +253,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bnf_core.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shape", action="append", help="TOKENSxDIMxVOCAB, repeatable; default: by device")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16", "autocast"], help="repeatable")

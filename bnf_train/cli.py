@@ -1,4 +1,4 @@
-"""What the five commands share: how flags are read, a sentence or a traceback, and that nothing is written over."""
+"""What the commands share: how flags are read, a sentence or a traceback, and that nothing is written over."""
 
 import argparse
 import re

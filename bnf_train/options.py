@@ -17,7 +17,7 @@ DESCRIPTION = (
     "Align a language model on preferred and dispreferred responses with the BNF loss. "
     "Without arguments: an embedded model on embedded data, about a minute."
 )
-CONFIG = "A YAML file with these flags as keys. A flag goes before it."
+CONFIG = "A YAML file with these flags as keys. Flags on the command line override it."
 
 # Optimizers that keep what a bf16 weight rounds away: the argument that makes them, and the package they come from.
 FOR_BF16_WEIGHTS = {

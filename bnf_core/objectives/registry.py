@@ -175,11 +175,16 @@ def objective_spec(objective: Objective) -> ObjectiveSpec:
       ['token', 'response', 'pair']
     """
     if isinstance(objective, partial):
-        spec, bind = objective_spec(objective.func), partial(partial, **objective.keywords)
+        spec = objective_spec(objective.func)
+
+        def bound(function: Callable[..., Any]) -> Callable[..., Any]:  # with what it takes of the objective's
+            takes = inspect.signature(function).parameters
+            return partial(function, **{k: v for k, v in objective.keywords.items() if k in takes})
+
         return replace(
             spec,
-            constraint=spec.constraint and bind(spec.constraint),
-            token_loss=spec.token_loss and bind(spec.token_loss),
+            constraint=spec.constraint and bound(spec.constraint),
+            token_loss=spec.token_loss and bound(spec.token_loss),
         )
     said: ObjectiveSpec | None = getattr(objective, "objective_spec", None)
     return said or ObjectiveSpec("pair" if getattr(objective, "pairwise", False) is True else "response", described=False)

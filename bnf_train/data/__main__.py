@@ -4,7 +4,7 @@
     python -m bnf_train.data rows.jsonl --model path/to/model --max_length 512 --empty drop --show_examples 20
 
 Counts, lengths, labels and groups of the rows, what is dropped and why, and five rows as the model would see them: what
-stands at the start of a run. Flags are those of `python -m bnf_train`.
+stands at the start of a run. Flags are those of `python -m bnf_train` (its --help lists them).
 """
 
 import sys
@@ -17,15 +17,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _card(arguments: list[str], failure: cli.Failure) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
     from rich.console import Console
 
     from bnf_train.data import read_and_tokenize
     from bnf_train.flags import parse
     from bnf_train.model.load import context_length, load_tokenizer
 
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
     sources = ["--dataset", arguments[0]] if arguments and not arguments[0].startswith("-") else []
     config = parse(["--show_examples", "5", *sources, *arguments[len(sources) // 2 :]])
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)

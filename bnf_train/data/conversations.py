@@ -182,16 +182,17 @@ def _sides(row: RawRow, where: str) -> tuple[list[tuple[str, Any, float]], set[s
     if given == ["chosen", "rejected"]:
         return [("chosen", row["chosen"], 1.0), ("rejected", row["rejected"], -1.0)], {"chosen", "rejected"}
     if given == ["completion"]:
-        name = "label" if row.get("label") is not None or row.get("score") is None else "score"
+        name = "label" if label_or_value(row.get("label")) is not None or row.get("score") is None else "score"
         return [("completion", row["completion"], _score(row.get(name), name, where))], {"completion", name}
     if given == ["completions"]:
         name = "labels" if row.get("labels") is not None or row.get("scores") is None else "scores"
         responses, values = list_or_text(row["completions"]), list_or_text(row.get(name))
-        if not isinstance(responses, list) or not isinstance(values, list) or len(responses) != len(values):
+        if not responses or not isinstance(responses, list) or not isinstance(values, list) or len(responses) != len(values):
             lengths = [len(x) if isinstance(x, list) else shown(x) for x in (responses, values)]
             raise RowRefused(
                 "malformed",
-                f"{where}: completions, {name}: expected two lists of one length, got {lengths[0]} and {lengths[1]}.",
+                f"{where}: completions, {name}: expected two lists of one length, and something in them, got {lengths[0]} "
+                f"and {lengths[1]}.",
             )
         sides = [
             (f"completions {i}", response, _score(value, name.rstrip("s"), f"{where}, completion {i}"))
@@ -211,7 +212,7 @@ def _score(value: Any, name: str, where: str) -> float:
         return 1.0 if value else -1.0
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= MOST_SCORE:  # NaN is not
         raise RowRefused("malformed", f"{where}: score: expected a finite number of at most {MOST_SCORE}, got {shown(value)}.")
@@ -258,6 +259,7 @@ def _with_system(row: RawRow, prompt: list[Message], where: str) -> list[Message
         return prompt
     if not isinstance(system, str):
         raise RowRefused("malformed", f"{where}: system: expected text, got {shown(system)}.")
+    _text(system, f"{where}: system")
     if prompt[0]["role"] == "system":
         if prompt[0]["content"].strip() == system.strip():
             return prompt
@@ -269,6 +271,7 @@ def _tools(row: RawRow, where: str) -> list[Any] | None:
     tools = list_or_text(row.get("tools"))
     if tools is None or tools in ("", []):
         return None
+    _text(json.dumps(tools, ensure_ascii=False, default=str), f"{where}: tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowRefused("malformed", f"{where}: tools: expected a list of JSON schemas, got {shown(row['tools'])}.")
     return [_without_nothing(tool) for tool in tools]
@@ -296,7 +299,10 @@ def _message(message: Message, number: int, where: str) -> Message:
     if "role" not in message and isinstance(message.get("from"), str):
         rest = {k: v for k, v in message.items() if k not in ("from", "value")}
         message = {"role": SHAREGPT.get(message["from"], message["from"]), "content": message.get("value"), **rest}
-    calls = [_call(call, number, where) for call in list_or_text(message.get("tool_calls")) or ()]
+    listed = list_or_text(message.get("tool_calls")) or []
+    if not isinstance(listed, list):
+        raise RowRefused("malformed", f"{where}: tool_calls of message {number}: expected a list, got {shown(listed)}.")
+    calls = [_call(call, number, where) for call in listed]
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, number, where) for part in content)
@@ -326,6 +332,8 @@ def _call(call: Any, number: int, where: str) -> Any:
         raise RowRefused("malformed", f"{where}: tool_calls of message {number}: expected objects, got {shown(call)}.")
     call = _without_nothing(call)
     function = call.get("function", call)
+    if not isinstance(function, dict):
+        raise RowRefused("malformed", f"{where}: tool_calls of message {number}: expected a function, got {shown(function)}.")
     if isinstance(arguments := function.get("arguments"), str):
         try:
             parsed = json.loads(arguments)

@@ -47,9 +47,13 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
         raw = read_rows(name, split)
         if not raw:
             return []
+        numbers = list(range(1, len(raw) + 1))
         if share < 1:
-            raw = [raw[i] for i in sorted(random.Random(config.seed).sample(range(len(raw)), max(1, round(share * len(raw)))))]
-        rows, counts = tokenize(raw, tokenizer, config.max_length, source, rules, options, config.train_on)
+            numbers = sorted(random.Random(config.seed).sample(numbers, max(1, round(share * len(raw)))))
+        rows, counts = tokenize(
+            [raw[number - 1] for number in numbers], tokenizer, config.max_length, source, rules, options, config.train_on,
+            numbers=numbers, keep_zero=config.score_center == "mean",
+        )  # fmt: skip
         if config.score_center == "mean":
             rows = center_scores(rows, source)
         for line in card(rows, counts, rules, source, split, config.max_length):

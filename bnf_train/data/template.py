@@ -21,6 +21,7 @@ from bnf_train.data.conversations import Conversation, Message
 from bnf_train.data.rows import RowRefused
 from bnf_train.errors import UsageError, one_line
 
+REASONING = {"reasoning_content", "reasoning", "thinking"}
 SENTINEL = "Qzxjv"  # a response that no template has a reason to change
 OPENED = re.compile(r"<[^<>\s]+>\s*$")  # a tag at the end of a prompt, such as <think>
 
@@ -175,10 +176,15 @@ class Template:
             raise RowRefused(
                 "template_refuses", f"{where}: the model's chat template refuses this conversation ({one_line(error)})."
             ) from error
-        if not content and not _writes(text, message):
-            raise _not_rendered(message, f"{where}: response")
-        own = not_opened(content, prompt)  # what of it is still to be written
+        prefilled = messages is not conversation.prompt
+        if prefilled and (begun := conversation.prompt[-1]["content"].strip()) and content.strip().startswith(begun):
+            raise RowRefused(
+                "no_boundary", f"{where}: the response repeats the beginning that the prompt has of it ({begun[:40]!r})."
+            )
+        own = content if prefilled else not_opened(content, prompt)  # what of it is still to be written
         rest = text[len(prompt) :] if text.startswith(prompt) else None
+        if rest is not None and message.get("tool_calls") and not _writes(rest, {**message, "content": ""}):
+            raise _not_rendered({**message, "content": ""}, f"{where}: response")
         if rest is not None and own == content and (at := find_in(content, rest)) >= 0:
             body, end = self.closed(rest)
             return Written(self._once(body), end, rest[:at].strip(), False)
@@ -258,6 +264,7 @@ class Template:
         said = []
         if "tools" in names and "tools" not in known:
             said.append("column tools: not used, because the chat template does not read it")
+        known = known | (REASONING if known & REASONING else set())  # transformers passes one under every name
         if ignored := sorted(keys - known - {"role", "content"}):
             said.append(
                 f"keys of messages that are not used, because the chat template does not read them: {', '.join(ignored)}"

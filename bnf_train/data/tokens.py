@@ -58,11 +58,16 @@ def tokenize(
     rules: Rules | None = None,
     options: Options | None = None,
     train_on: str = "last",
+    *,
+    numbers: Sequence[int] | None = None,
+    keep_zero: bool = False,
 ) -> tuple[list[Row], Counts]:
     """Rows rendered with the model's chat template, and what was cut or left out.
 
     Args:
       train_on: "last": the responses count; "all_assistant": the assistant's turns before them, too, with their label.
+      numbers: of the rows in their source; None: 1, 2, 3, ...
+      keep_zero: responses of score 0 stay, for `center_scores`.
 
     Raises:
       UsageError: the tokenizer has no chat template or EOS, a row is not as `rules` ask, or no row is left.
@@ -70,13 +75,14 @@ def tokenize(
     if not isinstance(rows, Sequence):
         raise UsageError(f"{source}: a stream instead of a table, but {WHY_NOT_STREAMED}; load it without streaming.")
     run = _Run(tokenizer, max_length, source, rules or Rules(), Template(tokenizer, options), Counts(len(rows)))
-    run.every_turn = train_on == "all_assistant"
+    run.every_turn, run.keep_zero = train_on == "all_assistant", keep_zero
+    numbers = range(1, len(rows) + 1) if numbers is None else numbers
     kept: list[Row] = []
     quiet = True if int(os.environ.get("RANK", 0)) else None  # None: on a terminal only
     with tqdm(total=len(rows), desc=f"tokenising {Path(source).name}", leave=False, disable=quiet) as progress:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
-            kept += run.tokens(list(run.texts(chunk, first + 1)))
+            kept += run.tokens(list(run.texts(chunk, numbers[first : first + CHUNK])))
             progress.update(len(chunk))
     run.counts.unused = run.unused()
     if not kept:
@@ -88,6 +94,7 @@ class _Run:
     """The state of one call of `tokenize`."""
 
     every_turn = False  # earlier turns of the assistant count, too
+    keep_zero = False  # responses of score 0 stay
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, source: str, rules: Rules, template: Template, counts: Counts
@@ -105,8 +112,8 @@ class _Run:
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
-    def texts(self, rows: Sequence[RawRow], first: int) -> Iterator[_Text]:
-        for number, raw in enumerate(rows, first):
+    def texts(self, rows: Sequence[RawRow], numbers: Sequence[int]) -> Iterator[_Text]:
+        for number, raw in zip(numbers, rows, strict=True):
             where = f"{self.source}, row {number}"
             try:
                 text = self._text(raw, number, where)
@@ -123,7 +130,7 @@ class _Run:
         self._columns |= {name for name, value in raw.items() if value is not None}
         conversation = to_conversation(raw, where, self.every_turn)
         self._used |= conversation.used
-        counted = [answer for answer in conversation.answers if answer.score]
+        counted = [answer for answer in conversation.answers if answer.score or (self.keep_zero and conversation.scored)]
         self.counts.zero += [number] * (len(conversation.answers) - len(counted))
         if not counted:
             return None
@@ -169,7 +176,7 @@ class _Run:
         """Whether the row is left out as an exact duplicate."""
         answers = [(a.message, a.score, a.spans, a.before, sorted(a.silent)) for a in conversation.answers]
         content = [conversation.prompt, conversation.tools, answers]
-        key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
+        key = hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).digest()
         if key not in self._seen:
             self._seen.add(key)
             return False
@@ -285,7 +292,7 @@ class _Run:
             return None
         if conversation.pair and len(counted) == 2 and _same(*counted):
             counts.same_sides.append(number)
-        key = json.dumps([conversation.prompt, conversation.tools], sort_keys=True)
+        key = json.dumps([conversation.prompt, conversation.tools], sort_keys=True, default=str)
         return Row(key, counted, number, self.source, group=not conversation.pair and len(counted) > 1)
 
     def _response(self, prompt: _Encoded, response: _Encoded, sign: float, score: float | None) -> Response:

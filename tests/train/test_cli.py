@@ -1,4 +1,4 @@
-"""What the five commands share: what is printed of a failure, the exit code, and how flags are read."""
+"""What the commands share: what is printed of a failure, the exit code, and how flags are read."""
 
 from pathlib import Path
 

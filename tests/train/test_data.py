@@ -1,5 +1,6 @@
 """From rows to token ids: what is response, what is prompt, and what is refused."""
 
+import datetime
 import io
 import json
 from collections.abc import Callable
@@ -173,7 +174,19 @@ REFUSED = {
     ),
     "uneven-lists": (
         {"prompt": "a", "completions": ["b", "c"], "labels": [True]},
-        "completions, labels: expected two lists of one length, got 2 and 1",
+        "completions, labels: expected two lists of one length, .*got 2 and 1",
+    ),
+    "no-completions": ({"prompt": "a", "completions": [], "labels": []}, "and something in them, got 0 and 0"),
+    "calls-no-list": ({"prompt": "a", "completion": [WELL | {"tool_calls": 5}], "label": 1}, "expected a list, got 5"),
+    "a-call-of-text": (
+        {"prompt": "a", "completion": [WELL | {"tool_calls": [{"function": "f"}]}], "label": 1},
+        "expected a function, got 'f'",
+    ),
+    "a-score-too-long": ({"prompt": "a", "completion": "b", "score": 10**400}, "score: expected a finite number"),
+    "half-a-character-in-system": ({"system": "\ud800", "prompt": "a", "completion": "b", "label": 1}, "system: .*half a char"),
+    "half-a-character-in-tools": (
+        {"tools": [{"name": "\ud800"}], "prompt": "a", "completion": "b", "label": 1},
+        "tools: .*half a char",
     ),
     "tools-no-list": (
         {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "f"},
@@ -521,3 +534,29 @@ def test_several_data_sets_are_mixed(
     flags[3] = str(one)
     train, held_out = read_and_tokenize(parse(flags), tokenizer, Console(quiet=True))
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
+
+
+def test_scores_are_centred_before_zeros_are_left_out(
+    model_folder: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows([{"prompt": "q", "completions": ["a", "b", "c"], "scores": [0, 1, 2]}])
+    flags = ["--model", str(model_folder), "--dataset", str(rows), "--score_center", "mean", "--eval_size", "0"]
+    (row,), _ = read_and_tokenize(parse(flags), load_tokenizer(str(model_folder)), Console(quiet=True))
+    assert [response.score for response in row.responses] == [-1, 1]
+
+
+def test_a_share_keeps_the_numbers_of_its_rows(model_folder: Path, write_rows: Callable[..., Path]) -> None:
+    rows = write_rows([SINGLE | {"prompt": str(number), "completion": str(number)} for number in range(1, 41)])
+    flags = ["--model", str(model_folder), "--dataset", f"{rows}=0.3", "--eval_size", "0"]
+    tokenizer = load_tokenizer(str(model_folder))
+    found, _ = read_and_tokenize(parse(flags), tokenizer, Console(quiet=True))
+    assert len(found) == 12
+    assert all(f'"content": "{row.number}"' in row.prompt for row in found)
+
+
+def test_keys_that_are_no_json_do_no_harm(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = SINGLE | {"prompt": [USER | {"when": datetime.datetime(2024, 1, 1), "raw": b"x"}]}
+    _, counts = tokenize([row], tokenizer, 100, "x.jsonl")
+    assert counts.unused == [
+        "x.jsonl: keys of messages that are not used, because the chat template does not read them: raw, when."
+    ]

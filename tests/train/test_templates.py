@@ -288,3 +288,22 @@ def test_sides_that_became_one_by_cutting(marked: PreTrainedTokenizerFast) -> No
     length = len(tokenize([row], marked, 1000, "x.jsonl")[0][0].responses[0].input_ids)
     _, counts = tokenize([row], marked, length - 10, "x.jsonl")
     assert counts == Counts(rows=1, cut=[1, 1], same_sides=[1])
+
+
+def test_a_call_that_the_template_does_not_write_is_no_response(marked: PreTrainedTokenizerFast) -> None:
+    """Though its function is declared in the prompt, and though there is text beside it."""
+    marked.chat_template = TOOLS.replace("{{ 'CALL ' + (m.tool_calls | tojson) if m.tool_calls }}", "")
+    for content in (None, "Let me look."):
+        call = [{"role": "assistant", "content": content, "tool_calls": [CALL]}]
+        row = {"prompt": "Call rain.", "completion": call, "label": True, "tools": [{"name": "rain"}]}
+        with pytest.raises(UsageError, match=r"response: .* writes nothing of it \(assistant: a tool call"):
+            tokenize([row], marked, 1000, "x.jsonl")
+
+
+def test_a_begun_answer_is_not_repeated_and_keeps_its_tags(marked: PreTrainedTokenizerFast) -> None:
+    marked.chat_template = CHATML
+    prompt = [USER, turn("assistant", "<ul><li>")]
+    texts, _ = trained_on(marked, {"prompt": prompt, "completion": "<li>x", "label": True})
+    assert texts == [(HEAD + "<ul><li>", "<li>x" + TAIL)]
+    with pytest.raises(UsageError, match=r"the response repeats the beginning that the prompt has of it \('<ul><li>'\)"):
+        tokenize([{"prompt": prompt, "completion": "<ul><li>x", "label": True}], marked, 100, "x.jsonl")
