@@ -205,6 +205,12 @@ def test_gini_known(values: list[float], expected: float) -> None:
     assert analysis.gini(torch.tensor(values, dtype=torch.float32), ONE_ROW).tolist() == pytest.approx([expected], abs=1e-7)
 
 
+def test_gini_does_not_depend_on_the_unit() -> None:
+    values, response = torch.tensor([0.0, 1.0, 3.0]), torch.zeros(3, dtype=torch.long)
+    for unit in (1e-3, 0.1, 1.0, 1e3):
+        torch.testing.assert_close(analysis.gini(values * unit, response), torch.tensor([0.5]))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 1000])
 def test_gini_of_one_hot_and_of_equal_values(n: int) -> None:
     one_hot = torch.eye(n, dtype=torch.float64)[n // 2]

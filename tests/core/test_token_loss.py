@@ -288,6 +288,17 @@ def test_targets_far_from_the_other_logits(implementation: str, softcap: float |
 
 
 @pytest.mark.parametrize("implementation", FAST)
+def test_a_hopeless_target_beside_others_far_apart(implementation: str) -> None:
+    """Logits from -200 to 200 and a target at -300: exponentials are of the largest, or they would overflow."""
+    hidden, weight = torch.ones(2, 1), torch.linspace(-200, 200, 50).unsqueeze(1)
+    weight[7] = -300
+    found, entropy = linear_log_odds(hidden, weight, torch.tensor([7, 7]), implementation=implementation)
+    exact, exact_entropy = linear_log_odds(hidden.double(), weight.double(), torch.tensor([7, 7]), implementation="naive")
+    torch.testing.assert_close(found, exact.to(found.dtype), rtol=1e-6, atol=0)
+    torch.testing.assert_close(entropy, exact_entropy.to(entropy.dtype), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", FAST)
 def test_rounded_logits_are_near_and_gradients_as_good(implementation: str) -> None:
     """exact=False: log-odds within bf16's rounding of the logits (exact ones are 1,000 times closer)."""
     hidden, weight, labels = torch.randn(50, 64).bfloat16(), torch.randn(300, 64).bfloat16(), torch.randint(300, (50,))
