@@ -300,7 +300,7 @@ def test_a_response_of_weight_0_and_one_of_which_nothing_is_left_do_not_count(ma
     cut = {"prompt": [USER], "chosen": "Blue.", "rejected": "x" * 50, "rejected_spans": [[0, 50, 0]]}
     found, counts = tokenize([cut], marked, len(response.input_ids) + 10, "x.jsonl")
     assert [shown(marked, r) for r in found[0].responses] == [shown(marked, response)]
-    assert counts == Counts(rows=1, cut=[1], uncounted=[1])
+    assert counts == Counts(rows=1, cut=[1], uncounted=[1], blocks=counts.blocks, block=counts.block)
     assert counts.sentences(Rules())[1] == "1 responses left out because no token of them counts: row 1"
     (response,), _ = read(marked, row(TALK, "Blue.", spans=[[0, 5, 0.5]]))
     found, _ = tokenize([row(TALK, "Blue.", spans=[[0, 5, 0.5]])], marked, len(response.input_ids) - 3, "x.jsonl",
