@@ -99,6 +99,8 @@ class Counts:
     turns: list[int] = field(default_factory=list)  # once for each earlier turn that counts
     rewritten: list[int] = field(default_factory=list)  # once for each response
     added: list[int] = field(default_factory=list)  # once for each response
+    blocks: list[int] = field(default_factory=list)  # once for each response
+    block: str = ""  # the first of their tags
     added_text: str = ""  # the first text that the template added
     unused: list[str] = field(default_factory=list)  # sentences about columns and keys
 
@@ -118,6 +120,10 @@ class Counts:
             f"responses to which the chat template adds text, {self.added_text!r} first, which is trained on, too "
             "(--chat_template_kwargs and --chat_template steer it)"
         ] = self.added
+        said[
+            f"responses that leave a {self.block} block of the prompt open, or open it again behind the prompt's own: no model "
+            "would go on so (--chat_template_kwargs may change the prompt)"
+        ] = self.blocks
         return [f"{len(at):,} {text}: {_numbers(at)}" for text, at in said.items() if at] + self.unused
 
 

@@ -23,6 +23,7 @@ from bnf_train.errors import UsageError, one_line
 
 REASONING = {"reasoning_content", "reasoning", "thinking"}
 SENTINEL = "Qzxjv"  # a response that no template has a reason to change
+BLOCK = re.compile(r"<(/?)([A-Za-z_]\w*)>\s*$")  # of tags, no special tokens
 OPENED = re.compile(r"<[^<>\s]+>\s*$")  # a tag at the end of a prompt, such as <think>
 
 
@@ -49,6 +50,7 @@ class Written(NamedTuple):
     end: str
     added: str  # what the template wrote before it, beyond white space
     rewritten: bool  # the template would have written other text
+    block: str = ""  # a block that the prompt opens and the response does not close, as <think>; or brings a second time
 
 
 class Template:
@@ -187,7 +189,7 @@ class Template:
             raise _not_rendered({**message, "content": ""}, f"{where}: response")
         if rest is not None and own == content and (at := find_in(content, rest)) >= 0:
             body, end = self.closed(rest)
-            return Written(self._once(body), end, rest[:at].strip(), False)
+            return Written(self._once(body), end, rest[:at].strip(), False, "" if prefilled else _block(prompt, body))
         if self.frame is None or message.keys() > {"role", "content"}:
             raise RowRefused(
                 "no_boundary",
@@ -196,7 +198,8 @@ class Template:
             )
         before = self.frame.before if own == content else ""
         body, end = self.closed(before + own + self.frame.after)
-        return Written(self._once(body), end, before.strip(), own == content and find_in(content, text) < 0)
+        changed = own == content and find_in(content, text) < 0
+        return Written(self._once(body), end, before.strip(), changed, "" if prefilled else _block(prompt, body))
 
     @functools.cached_property
     def frame(self) -> Frame | None:
@@ -296,6 +299,17 @@ def _writes(text: str, message: Message) -> bool:
 def _not_rendered(message: Message, where: str) -> RowRefused:
     what = repr(message["content"][:60]) if message["content"] else "a tool call, which may be written as text instead"
     return RowRefused("not_rendered", f"{where}: the model's chat template writes nothing of it ({message['role']}: {what}).")
+
+
+def _block(prompt: str, body: str) -> str:
+    """A tag that the generation prompt leaves open and the response does not close, or that stands there twice."""
+    match = BLOCK.search(prompt)
+    if match is None:
+        return ""
+    tag = f"<{match[2]}>"
+    if match[1]:  # closed in the prompt
+        return tag if body.lstrip().startswith(tag) else ""
+    return "" if f"</{match[2]}>" in body else tag
 
 
 @functools.lru_cache

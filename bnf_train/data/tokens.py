@@ -279,6 +279,8 @@ class _Run:
         written = [side.written for side in text.sides]
         counts.rewritten += [number for w in written if w.rewritten]
         counts.added += [number for w in written if w.added]
+        counts.blocks += [number for w in written if w.block]
+        counts.block = counts.block or next((w.block for w in written if w.block), "")
         counts.added_text = counts.added_text or next((w.added for w in written if w.added), "")
         scores = [side.answer.score for side in text.sides]
         responses = [

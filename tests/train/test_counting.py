@@ -144,12 +144,13 @@ def test_earlier_turns_count_where_the_template_writes_them(
     marked.chat_template = template
     (response,), counts = read(marked, row(prompt))
     assert shown(marked, response) == expected
-    assert counts == Counts(rows=1, turns=[1] * (expected.count("⟦") - 1), added=counts.added, added_text=counts.added_text)
+    template = {"added": counts.added, "added_text": counts.added_text, "blocks": counts.blocks, "block": counts.block}
+    assert counts == Counts(rows=1, turns=[1] * (expected.count("⟦") - 1), **template)
     (last,), without = read(marked, row(prompt), train_on="last")
     before, _, own = expected.rpartition("⟦")
     assert shown(marked, last) == before.replace("⟦", "").replace("⟧", "") + "⟦" + own
     assert last.weights is None
-    assert without == Counts(rows=1, added=counts.added, added_text=counts.added_text)
+    assert without == Counts(rows=1, **template)
 
 
 def test_a_conversation_without_earlier_turns_is_what_it_was(marked: PreTrainedTokenizerFast) -> None:

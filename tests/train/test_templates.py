@@ -189,7 +189,10 @@ def test_the_prompt_as_at_inference_then_the_response(marked: PreTrainedTokenize
     row = {"prompt": case.prompt, "completion": case.response, "label": True, **case.columns}
     texts, counts = trained_on(marked, row, options=Options(chat_template_kwargs=case.kwargs))
     assert texts == [case.expected]
-    assert counts == Counts(rows=1, added=[1] if case.added else [], added_text=case.added)
+    block = "<think>" if case.template == FORGETS_THOUGHTS and "</think>" not in case.response else ""
+    assert counts == Counts(
+        rows=1, added=[1] if case.added else [], added_text=case.added, blocks=[1] * bool(block), block=block
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,3 +310,11 @@ def test_a_begun_answer_is_not_repeated_and_keeps_its_tags(marked: PreTrainedTok
     assert texts == [(HEAD + "<ul><li>", "<li>x" + TAIL)]
     with pytest.raises(UsageError, match=r"the response repeats the beginning that the prompt has of it \('<ul><li>'\)"):
         tokenize([{"prompt": prompt, "completion": "<ul><li>x", "label": True}], marked, 100, "x.jsonl")
+
+
+def test_a_block_that_a_response_opens_again_is_counted(marked: PreTrainedTokenizerFast) -> None:
+    marked.chat_template = THINKS_IF_ASKED
+    row = {"prompt": [USER], "completion": "<think>\nSky.\n</think>\n\nBlue.", "label": True}
+    _, counts = trained_on(marked, row, options=Options(chat_template_kwargs={"enable_thinking": False}))
+    assert (counts.blocks, counts.block) == ([1], "<think>")
+    assert "open it again" in counts.sentences(Rules())[0]
