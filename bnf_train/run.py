@@ -96,6 +96,8 @@ def _read(config: BNFConfig, console: Console) -> _Rows:
             console.print(f"--max_length {config.max_length} is more than {name} was made for: {context} it is.")
             config.max_length = context
     train, held_out = read_and_tokenize(config, tokenizer, console)
+    if config.chat_template:  # the model goes with the template that it was trained with
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     config.rows_digest = digest(train)
     if not held_out:  # the preset evaluates, and --eval_size 0 leaves nothing to do it on
         config.eval_strategy, config.eval_on_start = transformers.IntervalStrategy.NO, False

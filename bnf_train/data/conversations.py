@@ -17,7 +17,12 @@ RESPONSES = ("chosen", "rejected", "completion", "completions")
 SPANS = {"chosen": "chosen_spans", "rejected": "rejected_spans", "completion": "spans", "completions": "spans"}  # beside them
 COLUMNS = ("prompt", "conversations", *RESPONSES, "label", "labels", "score", "scores", "system", "tools", *SPANS.values())
 MOST_SCORE = 100  # a score stands in place of +1 or -1: a larger one is of another kind
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles that templates know by others
+SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}  # its names of roles that templates know by others
 
 
 @dataclass

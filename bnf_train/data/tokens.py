@@ -162,12 +162,13 @@ class _Run:
                 shared = shared if answer.before else (prompt, turns)
             else:
                 prompt, turns = shared
-            written = self.template.response(own, answer.message, prompt, where)
+            written = _something_left(self.template.response(own, answer.message, prompt, where), where)
             sides.append(_Side(answer, prompt, turns, written, placed(answer, prompt, written, where)))
         return sides
 
     def _as_is(self, conversation: Conversation, answer: Answer, where: str) -> _Side:
         prompt, written = self.template.as_is(conversation.prompt[-1]["content"], answer.message["content"])
+        _something_left(written, where)
         if self.every_turn:
             check_one_turn(self.template, prompt, bool(answer.before), where)
         return _Side(answer, prompt, [], written, placed(answer, prompt, written, where))
@@ -331,3 +332,10 @@ def _prompt_of(side: _Side) -> _Prompt:
 
 def _same(one: Response, other: Response) -> bool:
     return (one.input_ids, one.prompt_length, one.weights) == (other.input_ids, other.prompt_length, other.weights)
+
+
+def _something_left(written: Written, where: str) -> Written:
+    """A response that says more than its end of turn: the data's own one, or an opened tag, may have been all of it."""
+    if not written.text.strip():
+        raise RowRefused("empty", f"{where}: nothing is left of a response once the template's own marks are taken away.")
+    return written

@@ -560,3 +560,24 @@ def test_keys_that_are_no_json_do_no_harm(tokenizer: PreTrainedTokenizerFast) ->
     assert counts.unused == [
         "x.jsonl: keys of messages that are not used, because the chat template does not read them: raw, when."
     ]
+
+
+def test_a_model_is_saved_with_the_template_that_it_was_trained_with(
+    model_folder: Path, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    (own := tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    flags = ["--model", str(model_folder), "--dataset", str(write_rows(PAIRS)), "--output_dir", str(tmp_path / "out")]
+    flags += [
+        "--chat_template",
+        str(own),
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--eval_size",
+        "0",
+        "--disable_tqdm",
+        "true",
+    ]
+    assert main(flags) == 0
+    assert load_tokenizer(str(tmp_path / "out")).chat_template == own.read_text()

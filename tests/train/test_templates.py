@@ -318,3 +318,13 @@ def test_a_block_that_a_response_opens_again_is_counted(marked: PreTrainedTokeni
     _, counts = trained_on(marked, row, options=Options(chat_template_kwargs={"enable_thinking": False}))
     assert (counts.blocks, counts.block) == ([1], "<think>")
     assert "open it again" in counts.sentences(Rules())[0]
+
+
+@pytest.mark.parametrize(("template", "response"), [(FORGETS_THOUGHTS, "<think>\n"), (CHATML, "<|im_end|>\n")])
+def test_a_response_that_is_nothing_but_marks_is_empty(marked: PreTrainedTokenizerFast, template: str, response: str) -> None:
+    marked.chat_template = template
+    rows = [{"prompt": [USER], "completion": text, "label": True} for text in ("Blue.", response)]
+    with pytest.raises(UsageError, match=r"row 2: nothing is left of a response .*; fix it, or pass --empty drop"):
+        tokenize(rows, marked, 1000, "x.jsonl")
+    kept, counts = tokenize(rows, marked, 1000, "x.jsonl", Rules(empty="drop"))
+    assert ([row.number for row in kept], counts.left_out) == ([1], {"empty": [2]})

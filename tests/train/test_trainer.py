@@ -29,23 +29,9 @@ from bnf_train.training.trainer import BNFTrainer
 WriteRows = Callable[..., Path]
 
 
-def one_step(
-    folder: Path,
-    rows: list[dict[str, Any]],
-    per_device: int,
-    accumulate: int,
-    objective: str = "bnf",
-    *,
-    packed: bool = False,
-    with_empty_rows: bool = False,
-    tokens_per_pass: int = 0,
-    train_on: str = "last",
-) -> dict[str, torch.Tensor]:
-    """Weights after one step of plain gradient descent, in float32: the gradient, in effect."""
-    trainer = trainer_of(
-        folder, rows, per_device, accumulate, objective,
-        packed=packed, with_empty_rows=with_empty_rows, tokens_per_pass=tokens_per_pass, train_on=train_on,
-    )  # fmt: skip
+def one_step(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """Weights after one step of `trainer_of`, of plain gradient descent, in float32: the gradient, in effect."""
+    trainer = trainer_of(*arguments, **options)
     trainer.train()
     return {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
 
@@ -62,7 +48,7 @@ def trainer_of(
     tokens_per_pass: int = 0,
     train_on: str = "last",
 ) -> BNFTrainer:
-    """The trainer of `one_step`, whose reference is not its policy."""
+    """Its reference is not its policy, so that w is not 1."""
     flags = ["--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--warmup_steps", "0"]
     config = parse(
         [
