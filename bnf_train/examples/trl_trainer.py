@@ -13,7 +13,7 @@ from bnf_train import data, demo
 path, file = sys.argv[1:] or (demo.MODEL, demo.PREFERENCES)
 
 
-class BNFTrainer(KTOTrainer):  # its rows (prompt, completion, label), its reference model, its options; another loss
+class BNFTrainer(KTOTrainer):  # its rows (prompt, completion, label or prompt, chosen, rejected), its reference; another loss
     def response_tokens(self, model, inputs):
         row, place = inputs["completion_mask"][:, 1:].nonzero(as_tuple=True)  # logits at t - 1 predict token t
         tokens, sequences = inputs["input_ids"][:, 1:][row, place], {k: inputs[k] for k in ("input_ids", "attention_mask")}
@@ -27,8 +27,8 @@ class BNFTrainer(KTOTrainer):  # its rows (prompt, completion, label), its refer
         return (loss, {}) if return_outputs else loss
 
 
-chat = {"prompt": "user", "completion": "assistant"}
-rows = [r | {k: [{"role": role, "content": r[k]}] for k, role in chat.items()} for r in data.read_rows(str(file))[:8]]
+chat = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+rows = [{k: [{"role": chat[k], "content": v}] if k in chat else v for k, v in r.items()} for r in data.read_rows(str(file))[:8]]
 options = {"learning_rate": 2e-4, "num_train_epochs": 4, "save_strategy": "no", "bf16": False}
 args = KTOConfig("runs/example", loss_type="apo_zero_unpaired", per_device_train_batch_size=8, **options)  # no KL pass
 trainer = BNFTrainer(str(path), args=args, train_dataset=Dataset.from_list(rows))

@@ -108,7 +108,7 @@ def padded(responses: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
 def test_every_example_is_short_and_in_the_readme() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     files = sorted(EXAMPLES.glob("*.py"))
-    assert len(files) == 5
+    assert len(files) == 8
     for file in files:
         assert len(file.read_text().splitlines()) < 40, file
         assert f"examples/{file.name}" in readme
@@ -133,15 +133,25 @@ def test_transformers_trainer(
     assert [float(logged[step]) for step in STEPS] == pytest.approx(norms, rel=1e-3)
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["labels", "pairs"])
 def test_trl_trainer(
-    gradients: Any, short_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gradients: Any, short_rows: Path, paired: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """KTO's rows, and DPO's, of which TRL makes two each."""
     pytest.importorskip("trl", reason="TRL is no dependency; the example needs it")
+    if paired:
+        rows = read_rows(str(short_rows))
+        pairs = [
+            {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+            for good, bad in zip(rows[:4], rows[4:], strict=True)
+        ]
+        short_rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     example = run("trl_trainer.py", monkeypatch, demo.MODEL, short_rows)
     preferred, dispreferred = shifts(capsys.readouterr().out)
     assert preferred > 0 > dispreferred
     batch = next(iter(example["trainer"].get_train_dataloader()))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    assert batch["label"].sum() == 4 == (~batch["label"]).sum()
     check_gradients(gradients, example["trainer"].model, (batch["input_ids"], labels, batch["label"]), max_norm=1.0)
 
 
