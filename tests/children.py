@@ -95,18 +95,18 @@ def _logs(folder: Path) -> str:
 
 
 class Child:
-    """Another pytest, of one file at a time: runs the tests it is told to, and reports each in pytest's words."""
+    """Another pytest, of several files: runs the tests it is told to, and reports each in the words of pytest's reports."""
 
-    def __init__(self, path: Path, config: pytest.Config) -> None:
+    def __init__(self, paths: Sequence[Path], config: pytest.Config) -> None:
         self._unread = b""
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
         commands, self._commands = os.pipe()
         self._replies, replies = os.pipe()
         options = ["-s", "-q", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath), "--child", f"{commands},{replies}"]
-        options += ["-n0"] if config.pluginmanager.has_plugin("xdist") else []  # it has one file, and no workers
+        options += ["-n0"] if config.pluginmanager.has_plugin("xdist") else []  # no workers
         options += ["--slow"] * config.getoption("--slow", False) + (["-c", str(config.inipath)] if config.inipath else [])
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, str(path)],
+            [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, *map(str, paths)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -115,10 +115,10 @@ class Child:
         os.close(commands)
         os.close(replies)
 
-    def run(self, path: Path, test: str, following: str | None) -> Iterator[dict[str, Any]]:
-        """Reports of one test of a file; what does not stay for the following one, of the same file, is torn down."""
+    def run(self, test: str, following: str | None) -> Iterator[dict[str, Any]]:
+        """Reports of one test; what does not stay for the following one, of the same file, is torn down."""
         try:
-            os.write(self._commands, json.dumps([str(path), test, following]).encode() + b"\n")
+            os.write(self._commands, json.dumps([test, following]).encode() + b"\n")
             while (line := self._line()) != b"null":
                 yield json.loads(line)
         except OSError:
@@ -172,11 +172,13 @@ class Children:
         item.session._setupstate.teardown_exact(nextitem)
         tests = [other.nodeid for other in item.session.items if other.path == item.path and in_child(other)]
         following = dict(itertools.pairwise(tests)).get(item.nodeid)
-        self._child = self._child or Child(item.path, item.config)
+        if self._child is None:
+            paths = dict.fromkeys(other.path for other in item.session.items if in_child(other))
+            self._child = Child(list(paths), item.config)
         self._last, hook = item, item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         try:
-            for data in self._child.run(item.path, item.nodeid, following):
+            for data in self._child.run(item.nodeid, following):
                 report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
                 if report.failed:
                     report.sections.append(("the child's log", self._child.log()))
@@ -218,18 +220,15 @@ class Serving:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        self._config, collected = session.config, session.config.args[0]
+        tests = {item.nodeid: item for item in session.items}
+        self._config = session.config
         with open(self._commands) as commands:
             for line in commands:
-                path, *names = json.loads(line)
-                if path != collected:
-                    collected = path
-                    session.perform_collect([path])
-                    torch._dynamo.reset()  # it compiles a function for a limited number of kinds of arguments
-                tests = {item.nodeid: item for item in session.items}
-                test, following = map(tests.get, names)
+                test, following = (tests.get(name) for name in json.loads(line))
                 assert test is not None, f"{line}: there is no such test in the child"
                 test.ihook.pytest_runtest_protocol(item=test, nextitem=following)
+                if following is None and "torch._dynamo" in sys.modules:
+                    torch._dynamo.reset()  # for each file: it compiles a function for a limited number of kinds of arguments
                 self._say(None)
         return True
 
