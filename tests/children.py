@@ -1,6 +1,6 @@
 """Processes of tests: what compiles or forks runs in a child, and a child that dies is one failing test with its log.
 
-`@pytest.mark.child` runs a test in another pytest, started for the first such test of a file and kept until the last.
+`@pytest.mark.child` runs a test in another pytest, started for the first such test and kept: what it imports, all use.
 A native crash there (a compiler's, a fork's after threads have started) leaves pytest itself alone. In pytest's own process
 `refuse_in_this_process` lets nobody compile or fork, so that no test forgets. `run` and `together` start fresh interpreters.
 """
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -95,18 +95,18 @@ def _logs(folder: Path) -> str:
 
 
 class Child:
-    """Another pytest, of one file: runs the tests it is told to, and reports each in the words of pytest's reports."""
+    """Another pytest, of several files: runs the tests it is told to, and reports each in the words of pytest's reports."""
 
-    def __init__(self, path: Path, config: pytest.Config) -> None:
-        self.path, self._unread = path, b""
+    def __init__(self, paths: Sequence[Path], config: pytest.Config) -> None:
+        self._unread = b""
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
         commands, self._commands = os.pipe()
         self._replies, replies = os.pipe()
         options = ["-s", "-q", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath), "--child", f"{commands},{replies}"]
-        options += ["-n0"] if config.pluginmanager.has_plugin("xdist") else []  # it has one file, and no workers
+        options += ["-n0"] if config.pluginmanager.has_plugin("xdist") else []  # no workers
         options += ["--slow"] * config.getoption("--slow", False) + (["-c", str(config.inipath)] if config.inipath else [])
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, str(path)],
+            [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, *map(str, paths)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -116,7 +116,7 @@ class Child:
         os.close(replies)
 
     def run(self, test: str, following: str | None) -> Iterator[dict[str, Any]]:
-        """Reports of one test; what does not stay for the following one is torn down."""
+        """Reports of one test; what does not stay for the following one, of the same file, is torn down."""
         try:
             os.write(self._commands, json.dumps([test, following]).encode() + b"\n")
             while (line := self._line()) != b"null":
@@ -162,6 +162,7 @@ class Children:
 
     def __init__(self) -> None:
         self._child: Child | None = None
+        self._last: pytest.Item | None = None  # that it ran
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -169,39 +170,40 @@ class Children:
             return None
         # what the test before left set up for this one, which does not use it here, is not the next one's
         item.session._setupstate.teardown_exact(nextitem)
-        tests = [other.nodeid for other in item.session.items if in_child(other) and other.path == item.path]
+        tests = [other.nodeid for other in item.session.items if other.path == item.path and in_child(other)]
         following = dict(itertools.pairwise(tests)).get(item.nodeid)
-        if self._child is None or self._child.path != item.path:
-            self._end()
-            self._child = Child(item.path, item.config)
-        child, hook = self._child, item.ihook
+        if self._child is None:
+            paths = dict.fromkeys(other.path for other in item.session.items if in_child(other))
+            self._child = Child(list(paths), item.config)
+        self._last, hook = item, item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        died = False
         try:
-            for data in child.run(item.nodeid, following):
+            for data in self._child.run(item.nodeid, following):
                 report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
                 if report.failed:
-                    report.sections.append(("the child's log", child.log()))
+                    report.sections.append(("the child's log", self._child.log()))
                 hook.pytest_runtest_logreport(report=report)
         except ChildDied:
-            died = True
-        if died or following is None:
-            code = self._end()
-            if died or code not in (0, 1):
-                words, when = f"The test's process died, exit code {code}.\n\n{child.log()}", "call" if died else "teardown"
-                keywords = dict.fromkeys(item.keywords, 1)
-                report = pytest.TestReport(item.nodeid, item.location, keywords, "failed", words, when)  # type: ignore[arg-type]
-                hook.pytest_runtest_logreport(report=report)
+            self._end("call")
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
     @pytest.hookimpl
-    def pytest_sessionfinish(self) -> None:
-        self._end()
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._child is not None and self._end("teardown") not in (0, 1):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def _end(self) -> int:
-        child, self._child = self._child, None
-        return child.end() if child else 0
+    def _end(self, when: Literal["call", "teardown"]) -> int:
+        """The child's exit code; a death, or an end that is none of pytest's, is a failure of the last test that it ran."""
+        child, self._child, item = self._child, None, self._last
+        assert child is not None
+        assert item is not None
+        code = child.end()
+        if when == "call" or code not in (0, 1):
+            words, keywords = f"The test's process died, exit code {code}.\n\n{child.log()}", dict.fromkeys(item.keywords, 1)
+            report = pytest.TestReport(item.nodeid, item.location, keywords, "failed", words, when)  # type: ignore[arg-type]
+            item.ihook.pytest_runtest_logreport(report=report)
+        return code
 
 
 def in_child(item: pytest.Item) -> bool:
@@ -225,6 +227,8 @@ class Serving:
                 test, following = (tests.get(name) for name in json.loads(line))
                 assert test is not None, f"{line}: there is no such test in the child"
                 test.ihook.pytest_runtest_protocol(item=test, nextitem=following)
+                if following is None and "torch._dynamo" in sys.modules:
+                    torch._dynamo.reset()  # for each file: it compiles a function for a limited number of kinds of arguments
                 self._say(None)
         return True
 

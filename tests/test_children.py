@@ -48,6 +48,7 @@ def test_after_the_crash(process):
     assert os.waitpid(forked, 0)[1] == 0
 
 def test_compile_by_name():
+    os.environ["IN_CHILD"] = str(os.getpid())
     assert os.getpid() != root
 
 @child
@@ -70,23 +71,34 @@ def test_torch_decorates_in_pytest():
     except Exception:
         return
 """
+THEN = """
+import atexit, os
+import pytest
+
+def test_one(): pass
+
+@pytest.mark.child
+def test_last():
+    assert os.environ["IN_CHILD"] == str(os.getpid())
+    atexit.register(os._exit, 7)
+"""
 
 
 def test_a_child_that_dies_is_one_failing_test_with_its_log(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_them.py").write_text(TESTS)
     # a file whose last test is a child's leaves nothing behind that the next one's would stumble over
-    (tmp_path / "test_then.py").write_text(
-        "import pytest\n\ndef test_one(): pass\n\n@pytest.mark.child\ndef test_last(): pass\n"
-    )
+    (tmp_path / "test_then.py").write_text(THEN)
     (tmp_path / "test_to_end.py").write_text("def test_next(): pass\n")
     options = ["-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
     said = children.run(*options, code=1, PYTHONPATH=str(Path(__file__).parent)).out
     failed = re.findall(r"^FAILED \S*test_them.py::(\S+)", said, re.MULTILINE)
     in_pytest = ["test_fork_in_pytest", "test_torch_in_pytest", "test_torch_decorates_in_pytest"]
     assert failed == ["test_in_a_child[2]", "test_crash", *in_pytest], said
-    assert "5 failed, 7 passed, 1 skipped" in said
+    assert "5 failed, 7 passed, 1 skipped, 1 error" in said
+    assert re.findall(r"^ERROR \S*/(\S+)", said, re.MULTILINE) == ["test_then.py::test_last"]
     for words in (
+        "exit code 7",
         "assert 2 == 1",
         "one of these is wrong",
         "exit code -11",

@@ -1,6 +1,6 @@
 """Compiles, for GPUs that are not here, every kernel that the head would launch, and prints what became of each.
 
-    python tests/core/compile_kernels.py 90                 # a compute capability; not under TRITON_INTERPRET
+    python tests/core/compile_kernels.py 80,90,100          # compute capabilities; not under TRITON_INTERPRET
     python tests/core/compile_kernels.py 90 SmolLM2-135M    # of one head only
 
 The launches are the launcher's own: the head runs on meta tensors, which have shapes and no numbers, and Triton's own
@@ -120,10 +120,10 @@ def _spills(ptx: str, tools: str, capability: int) -> int:
 
 
 if __name__ == "__main__":
-    capability, *chosen = sys.argv[1:]
-    driver.set_active(NoGPU(int(capability)))
-    for key, launch in launches(chosen or list(HEADS)).items():
-        row: dict[str, Any] = {"kernel": launch.kernel.__name__, "head": names[key]}
+    capabilities, *chosen = sys.argv[1:]
+    for capability, (key, launch) in itertools.product(capabilities.split(","), launches(chosen or list(HEADS)).items()):
+        driver.set_active(NoGPU(int(capability)))  # whose number is that of the device: kernels are kept for each
+        row: dict[str, Any] = {"capability": int(capability), "kernel": launch.kernel.__name__, "head": names[key]}
         row |= {k: v for k, v in launch.options.items() if k in ("WIDTH", "SOFTCAP", "SUMS", "MEAN")}
         try:
             row |= compiled(launch, int(capability))

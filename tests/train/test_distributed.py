@@ -53,7 +53,7 @@ def flags(tokenizer: PreTrainedTokenizerFast, write_rows: Callable[..., Path], t
 
 def launch(configuration: str, *command: str, machines: int = 1) -> str:
     """`accelerate launch` with a file of ours, of two processes on CPUs; returns what they wrote to stderr."""
-    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--num_machines", str(machines)]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", str(machines)]
     launcher += ["--config_file", str(ROOT / "bnf_train" / "configs" / configuration), "--main_process_ip", "127.0.0.1"]
     for attempt in range(5):
         with socket.socket() as free:

@@ -67,7 +67,7 @@ def peak_of_a_run(*flags: str) -> int:
         [sys.executable, "-c", MEASURED, *flags],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     found = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
