@@ -3,7 +3,7 @@
 import datetime
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 
 from bnf_core import multiplies
-from bnf_train import demo
+from bnf_train import demo, inherited
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError
 from bnf_train.options import FOR_BF16_WEIGHTS, Data, LoRA, Model, Objective, Output, Rows, Training
 
@@ -63,6 +63,8 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
     hyperparameters: dict[str, Any] = field(default_factory=dict, init=False)  # of the objective, from flags of their own
     datasets: list[str] = field(default_factory=list, init=False)  # --dataset, which may name several
     rows_digest: str = field(default="", init=False)  # of the training rows, once they are read
+    reference_digest: str = field(default="", init=False)  # of the reference's weights, once they are loaded
+    model_digest: str = field(default="", init=False)  # of the weights that training began with
     tracebacks: bool = field(default=False, init=False)  # --debug
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
+        inherited.check_accelerator(self.accelerator_config)
         self._set_accumulation(accumulate)
 
     def template_options(self) -> dict[str, Any]:
@@ -92,17 +95,13 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
         Raises:
           UsageError: --chat_template_kwargs is no JSON object.
         """
-        text = self.chat_template_kwargs or "{}"
-        try:
-            kwargs = json.loads(text)
-        except ValueError:
-            kwargs = None
-        if not isinstance(kwargs, dict):
-            raise UsageError(f'--chat_template_kwargs {text}: expected a JSON object, such as {{"enable_thinking": false}}.')
+        kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}')
         return {"chat_template": self.chat_template, "chat_template_kwargs": kwargs, "date": self.template_date}
 
     def _check(self) -> None:
         """Raises UsageError for what transformers does not check."""
+        defaults = {name: _THEIRS[name].default for name in inherited.REFUSED if _THEIRS[name].default is not MISSING}
+        inherited.check({name: value for name, value in vars(self).items() if value != defaults.get(name, [])})
         if self.dataset is None:
             known = ", ".join(name for name in PRESETS if name != str(demo.MODEL))
             raise UsageError(f"--dataset is missing: only the models of the paper bring their own ({known}).")
@@ -137,8 +136,8 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
         return {**super().to_dict(), **self.hyperparameters}
 
     def to_json_string(self) -> str:
-        """Beside each checkpoint: what `checkpoint.check_same_run` compares, too."""
-        own = {"rows_digest": self.rows_digest, "hyperparameters": self.hyperparameters}
+        """Beside each checkpoint: what a resumed run is compared with (`bnf_train.training.checkpoint`)."""
+        own = {name: getattr(self, name) for name in ("rows_digest", "reference_digest", "model_digest", "hyperparameters")}
         return json.dumps(json.loads(super().to_json_string()) | own, indent=2)
 
     def _set_accumulation(self, accumulate: int | None) -> None:
@@ -155,6 +154,21 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
                 f"({self.per_device_train_batch_size} on each of {self.world_size} devices)"
                 + ("." if accumulate is None else f" times --gradient_accumulation_steps {accumulate}: leave one out.")
             )
+
+
+def json_object(flag: str, text: str | None, example: str) -> dict[str, Any]:
+    """The value of a flag that takes a JSON object; nothing where it is not given.
+
+    Raises:
+      UsageError: it is no JSON object.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"--{flag} {text}: expected a JSON object, such as {example}.")
+    return value
 
 
 def _optim_args_for_bf16_weights(optim: str, optim_args: str | None) -> str:

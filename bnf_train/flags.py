@@ -11,9 +11,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from bnf_core import OBJECTIVES
-from bnf_train import cli, demo, objectives
+from bnf_train import cli, demo, inherited, objectives
 from bnf_train.config import PRESETS, BNFConfig
-from bnf_train.errors import UsageError, nearest
+from bnf_train.errors import UsageError, nearest, one_line
 from bnf_train.options import CONFIG, DESCRIPTION, PROG
 
 _NO_KEYS = {"config", "help_all"}
@@ -83,6 +83,11 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
             file.pop(other, None)  # they say the same thing, and a flag goes before the file
     given = file | flags
     given.pop("config", None)
+    if not (given.get("use_peft") or given.get("load_in_4bit")) and (
+        name := next((f for f in flags if f.startswith("lora_")), "")
+    ):
+        raise UsageError(f"--{name}: has no effect without --use_peft true; add it, or leave both out.")
+    inherited.check(given)  # also where one says what is the default
     model = given.get("model", str(demo.MODEL))
     preset = dict(PRESETS.get(model, {}))
     if {"gradient_accumulation_steps", "per_device_train_batch_size"} & given.keys():
@@ -95,7 +100,7 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
     try:
         config = BNFConfig(**{"model": model} | preset | given)
     except (ValueError, TypeError) as error:  # TrainingArguments' own checks
-        raise UsageError(str(error)) from error
+        raise UsageError(one_line(error, 500) + ".") from error
     config.datasets = sources or config.datasets
     config.tracebacks = debug_in_file or len(flags_only) < len(arguments)
     config.hyperparameters = objectives.defaults(config.objective) | own

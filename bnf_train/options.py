@@ -1,7 +1,8 @@
 """The flags of a run: names, types, defaults and help, a group each. Nothing heavy is imported, so that --help is quick.
 
 `config.BNFConfig` is made of these groups and of transformers.TrainingArguments. A field's help begins with the sentence
-that --help shows; --help_all shows all of it. What is no default of a flag's own (a path, a device's ability) has a metavar.
+that --help shows; --help_all shows all of it, and rare flags, too. What is no default of a flag's own (a path, a device's
+ability) has a metavar.
 """
 
 import argparse
@@ -235,11 +236,23 @@ class LoRA:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what enters the adapter."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"metavar": "NAME", "help": "Layers with an adapter. Default: every linear layer but the head."},
+        metadata={
+            "metavar": "NAME",
+            "help": "Layers with an adapter. Names, or one regular expression for whole names. Default: every linear layer but "
+            "the head.",
+        },
     )
     lora_modules_to_save: list[str] | None = field(
         default=None,
         metadata={"metavar": "NAME", "help": "Modules trained whole beside it. As lm_head. Default: none."},
+    )
+    lora_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "JSON",
+            "help": 'More of peft\'s LoraConfig. JSON, such as {"use_dora": true} or {"use_rslora": true}, or keys below '
+            "lora_kwargs in YAML.",
+        },
     )
     load_in_4bit: bool = field(
         default=False,
@@ -300,6 +313,8 @@ def _rows(options: type) -> Iterator[tuple[str, str, str]]:
     """Name, value and text of a group's flags."""
     own: tuple[Field[Any], ...] = fields(options)
     for option in own:
+        if option.metadata.get("rare"):
+            continue
         switch = (option.type is bool and option.default is False) or option.metadata.get("nargs") == "?"
         value = "" if switch else option.metadata.get("metavar", str(option.default).lower())
         choices = option.metadata.get("choices")

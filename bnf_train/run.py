@@ -22,10 +22,11 @@ from bnf_train.errors import UsageError
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head, can_pack
 from bnf_train.model.load import context_length, load_model, load_tokenizer
-from bnf_train.model.lora import add_lora, quantization
+from bnf_train.model.lora import add_lora, check_modules, quantization
 from bnf_train.training import checkpoint, distributed
-from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens
+from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens, weights_digest
 from bnf_train.training.trainer import BNFTrainer
+from bnf_train.training.tryout import try_out
 
 
 def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> BNFTrainer:
@@ -38,14 +39,13 @@ def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCa
     if config.model == str(demo.MODEL):
         rows_of = "400 rows of GSM8K solutions" if config.dataset == str(demo.PREFERENCES) else config.dataset
         console.print(f"{'No arguments: t' if embedded else 'T'}he embedded demo model, on {rows_of}.")
+    try_out(config)
     resumed = _checkpoint(config, console)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.set_seed(config.seed)
-    rows = _read(config, console)
-    if resumed:
-        checkpoint.check_same_run(resumed, json.loads(config.to_json_string()))
+    rows = _read(config, resumed, console)
     objective, pairwise = _objective(config, rows)
-    model, collator, reference_seconds = _score(config, rows, console)
+    model, collator, reference_seconds = _score(config, rows, resumed, console)
     transformers.set_seed(config.seed)  # whether the reference pass drew random numbers or found its cache
     trainer = BNFTrainer(
         model=add_lora(model, config),
@@ -86,7 +86,7 @@ def _checkpoint(config: BNFConfig, console: Console) -> Path | None:
     return resumed
 
 
-def _read(config: BNFConfig, console: Console) -> _Rows:
+def _read(config: BNFConfig, resumed: Path | None, console: Console) -> _Rows:
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if config.ref_model:
         check_same_tokens(config.ref_model, tokenizer, config.trust_remote_code)
@@ -95,10 +95,14 @@ def _read(config: BNFConfig, console: Console) -> _Rows:
         if context is not None and context < config.max_length:
             console.print(f"--max_length {config.max_length} is more than {name} was made for: {context} it is.")
             config.max_length = context
+    if resumed:
+        checkpoint.check_same_run(resumed, json.loads(config.to_json_string()), console.print)
     train, held_out = read_and_tokenize(config, tokenizer, console)
     if config.chat_template:  # the model goes with the template that it was trained with
         tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     config.rows_digest = digest(train)
+    if resumed:
+        checkpoint.check_same(resumed, "rows_digest", config.rows_digest)
     if not held_out:  # the preset evaluates, and --eval_size 0 leaves nothing to do it on
         config.eval_strategy, config.eval_on_start = transformers.IntervalStrategy.NO, False
     return _Rows(train, held_out, tokenizer)
@@ -114,12 +118,13 @@ def _objective(config: BNFConfig, rows: _Rows) -> tuple[Objective, bool]:
     return objective, pairwise
 
 
-def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrainedModel, Collator, float]:
+def _score(config: BNFConfig, rows: _Rows, resumed: Path | None, console: Console) -> tuple[PreTrainedModel, Collator, float]:
     """Fills in the rows' reference log-odds; the policy, the collator that it can do with, and the seconds that it took."""
     distributed.load_in_float32(config)
     model, collator = _with_head(config, config.ref_model or config.model, rows, console)
     started = time.perf_counter()
     with distributed.gathered(model):
+        config.reference_digest = config.model_digest = _digest(model, config, "reference_digest", resumed)
         add_ref_log_odds(
             model,
             rows.train + rows.held_out,
@@ -128,6 +133,7 @@ def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrained
             torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
             config.per_device_eval_batch_size,
             cache=None if config.no_reference_cache else Path(config.reference_cache or ""),
+            weights=config.reference_digest,
             template=Template(rows.tokenizer, Options(**config.template_options())).fingerprint(),
             say=console.print,
             progress=not config.disable_tqdm,
@@ -137,13 +143,27 @@ def _score(config: BNFConfig, rows: _Rows, console: Console) -> tuple[PreTrained
         del model
         gc.collect()  # it refers to itself; gone before the policy is loaded, so that there is never room needed for two
         model, collator = _with_head(config, config.model, rows, console)
+        with distributed.gathered(model):
+            config.model_digest = _digest(model, config, "model_digest", resumed)
     return model, collator, seconds
+
+
+def _digest(model: PreTrainedModel, config: BNFConfig, name: str, resumed: Path | None) -> str:
+    """Of the weights, on the process that writes checkpoints; the same as when training began."""
+    if config.process_index > 0:
+        return ""
+    found = weights_digest(model)
+    if resumed:
+        checkpoint.check_same(resumed, name, found)
+    return found
 
 
 def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> tuple[PreTrainedModel, Collator]:
     """The model `name` with the log-odds head, and the collator that it can do with."""
     flag = "--model" if name == config.model else "--ref_model"
     model = load_model(name, config.trust_remote_code, getattr(torch, config.dtype), quantization(config), flag)
+    if flag == "--model":
+        check_modules(model, config)
     with distributed.gathered(model):
         embeddings = len(model.get_input_embeddings().weight)
         check_ids(rows.train + rows.held_out, embeddings, rows.tokenizer)

@@ -1,8 +1,10 @@
 """LoRA and QLoRA through peft: the frozen base is the reference, only the adapter is trained and saved, or merged later."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from bnf_train.config import BNFConfig
-from bnf_train.errors import UsageError, is_out_of_memory, one_line
+from bnf_train.config import BNFConfig, json_object
+from bnf_train.errors import UsageError, is_out_of_memory, nearest, one_line
 from bnf_train.model.head import give_log_odds
 from bnf_train.model.load import load_model
 
@@ -43,6 +45,66 @@ def quantization(config: BNFConfig) -> Any:
     )
 
 
+def lora_config(config: BNFConfig) -> peft.LoraConfig:
+    """peft's, of the flags: those with a name of their own, and --lora_kwargs.
+
+    Raises:
+      UsageError: --lora_kwargs that peft has no such option for, or a start that is not the reference.
+    """
+    own = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    own |= {"target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save", "task_type": "use_peft"}
+    kwargs = json_object("lora_kwargs", config.lora_kwargs, '{"use_dora": true}')
+    known = {field.name for field in fields(peft.LoraConfig)}
+    for key, value in kwargs.items():
+        if key in own:
+            raise UsageError(f"--lora_kwargs: {key} is --{own[key]}; leave it out there.")
+        if key not in known:
+            raise UsageError(f"--lora_kwargs: peft's LoraConfig has no {key}{nearest(key, known)}.")
+        if key == "init_lora_weights" and value not in (True, "gaussian", "orthogonal"):
+            raise UsageError(
+                f"--lora_kwargs: init_lora_weights {value}: the adapter would not begin as the reference; expected true, "
+                '"gaussian" or "orthogonal".'
+            )
+    targets = config.lora_target_modules or ["all-linear"]  # a name, or a pattern, which peft takes alone
+    try:
+        return peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets[0] if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]) else targets,
+            modules_to_save=config.lora_modules_to_save,
+            **kwargs,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise UsageError(f"--lora_kwargs {config.lora_kwargs}: {one_line(error)}.") from error
+
+
+def check_modules(model: PreTrainedModel, config: BNFConfig) -> None:
+    """Every module that a flag names is there: peft passes over names that match nothing, as long as one does.
+
+    Raises:
+      UsageError: names the flag and the module.
+    """
+    if not config.use_peft:
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    last = {name.rpartition(".")[2] for name in names}
+    for flag in ("lora_target_modules", "lora_modules_to_save"):
+        for wanted in getattr(config, flag) or []:
+            named = any(f".{name}".endswith(f".{wanted}") for name in names)
+            if not named and wanted != "all-linear" and not (flag == "lora_target_modules" and _matches(wanted, names)):
+                raise UsageError(f"--{flag} {wanted}: {type(model).__name__} has no such module{nearest(wanted, last)}.")
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a regular expression is the whole of any name."""
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
+
+
 def add_lora(model: PreTrainedModel, config: BNFConfig) -> Any:
     """`model`, which has the log-odds head, with a LoRA adapter around it where --use_peft asks for one.
 
@@ -64,22 +126,15 @@ def add_lora(model: PreTrainedModel, config: BNFConfig) -> Any:
         whole = (whole - {head}) | {embed}
     if config.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(config.gradient_checkpointing))
+    check_modules(model, config)
+    options = lora_config(config)
+    options.modules_to_save = sorted(whole) or None
+    options.ensure_weight_tying = tied and bool(whole & embeddings)
     targets = config.lora_target_modules or ["all-linear"]
     try:
-        wrapped = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                task_type=peft.TaskType.CAUSAL_LM,
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=targets[0] if targets == ["all-linear"] else targets,
-                modules_to_save=sorted(whole) or None,
-                ensure_weight_tying=tied and bool(whole & embeddings),
-            ),
-        )
+        wrapped = peft.get_peft_model(model, options)
     except ValueError as error:
-        raise UsageError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}.") from error
     head = model.get_output_embeddings()
     if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
         raise UsageError(

@@ -28,20 +28,42 @@ from bnf_train.errors import UsageError
 PARTIAL = ".checkpoint-partial"
 MANIFEST = "complete.json"
 ARGUMENTS = "training_args.json"
-# flags that must be the same in a resumed run; --max_steps and epochs may grow
-SAME = (
-    "objective",
-    "hyperparameters",
-    "seed",
-    "data_seed",
-    "batch_size",  # of the step, not of a process: there may be more or fewer of them
-    "optim",
-    "learning_rate",  # optimizer and schedule come from the checkpoint, so another value would have no effect
-    "lr_scheduler_type",
-    "weight_decay",
-    "use_peft",
-    "rows_digest",  # checked last: another seed changes it, too
-)
+# flags that may be others in a resumed run, for they change no weight but by rounding; every other one must be the same
+MAY_CHANGE = {
+    # where things are, and what they are called: rows and weights are compared by what is in them
+    *(
+        "model",
+        "ref_model",
+        "dataset",
+        "eval_dataset",
+        "chat_template",
+        "output_dir",
+        "resume_from_checkpoint",
+        "trust_remote_code",
+    ),
+    *("reference_cache", "no_reference_cache", "show_examples", "datasets", "tracebacks"),
+    # how long (said, because the rest of the schedule is another), how much at once, on what
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_pass"),
+    *("packing", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
+    *("gradient_checkpointing_kwargs", "torch_empty_cache_steps", "use_cpu", "full_determinism", "skip_memory_metrics"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_backend", "ddp_timeout"),
+    *("ddp_static_graph", "local_rank"),
+    # what is logged, evaluated and kept
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter", "log_level"),
+    *("log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
+    *("trackio_static_space_id", "debug", "include_num_input_tokens_seen", "eval_strategy", "eval_steps", "eval_delay"),
+    *("per_device_eval_batch_size", "eval_on_start", "eval_accumulation_steps", "save_strategy", "save_steps"),
+    *("save_total_limit", "save_only_model", "save_on_each_node", "push_to_hub", "hub_token", "hub_private_repo"),
+    *("hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "restore_callback_states_from_checkpoint"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+}
+DIGESTS = {  # compared once they are known
+    "rows_digest": "the training rows are others than",
+    "reference_digest": "the reference's weights are others than",
+    "model_digest": "the weights of --model are others than",
+}
+LONGER = ("num_train_epochs", "max_steps")
 LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a folder
 
 
@@ -175,22 +197,39 @@ def arguments_of(folder: Path) -> dict[str, Any]:
     return arguments
 
 
-def check_same_run(folder: Path, arguments: Mapping[str, Any]) -> None:
-    """Refuses to resume with other rows, batches, objective or optimizer: that would be another run.
+def check_same_run(folder: Path, arguments: Mapping[str, Any], say: Callable[[str], Any]) -> None:
+    """Refuses to resume with another flag than those of MAY_CHANGE: that would be another run.
+
+    Args:
+      arguments: what `BNFConfig.to_json_string` writes.
+      say: takes a sentence about a run that is to be longer or shorter.
 
     Raises:
-      UsageError: one of SAME has another value than when the checkpoint `folder` was written.
+      UsageError: names the flag, with the value that it had when the checkpoint `folder` was written.
     """
     then = arguments_of(folder)
-    for name in SAME:
-        before, now = then.get(name), arguments.get(name)
-        if name in then and before != now:
-            what = "the training rows" if name == "rows_digest" else f"--{name} {now}"
-            was = "are others" if name == "rows_digest" else f"was {before}"
+    for name in sorted(then.keys() & arguments.keys() - MAY_CHANGE - DIGESTS.keys()):
+        before, now = then[name], arguments[name]
+        if name == "hyperparameters" and isinstance(before, dict) and isinstance(now, dict):
+            name = next((key for key in sorted(before | now) if before.get(key) != now.get(key)), name)
+            before, now = before.get(name), now.get(name)
+        if before != now:
             raise UsageError(
-                f"--resume_from_checkpoint {folder}: {what} {was} when it was written, so this would be another run; "
-                "pass what it was, or start anew with another --output_dir."
+                f"--resume_from_checkpoint {folder}: --{name} {now} was {before} when it was written, so this would be another "
+                "run; pass what it was, or start anew with another --output_dir."
             )
+    for name in LONGER:
+        if name in then and then[name] != arguments.get(name):
+            say(f"--{name} {arguments.get(name)} was {then[name]}: from here on the learning rate goes by the new length.")
+
+
+def check_same(folder: Path, name: str, digest: str) -> None:
+    """Raises UsageError where one of DIGESTS was another when the checkpoint `folder` was written."""
+    if arguments_of(folder).get(name, digest) != digest:
+        raise UsageError(
+            f"--resume_from_checkpoint {folder}: {DIGESTS[name]} when it was written, so this would be another run; "
+            "pass what it was, or start anew with another --output_dir."
+        )
 
 
 def checkpoints(output: Path) -> list[Path]:

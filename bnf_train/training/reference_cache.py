@@ -45,6 +45,7 @@ def add_ref_log_odds(
     batch_size: int,
     *,
     cache: Path | None = None,
+    weights: str = "",
     template: str = "",
     say: Callable[[str], object] = print,
     progress: bool = True,
@@ -57,7 +58,7 @@ def add_ref_log_odds(
       model: the reference, with the log-odds head.
       batch_size: responses of the longest one's length in a forward pass; of shorter ones as many more.
       cache: folder of the files; None keeps nothing. One that cannot be written costs a warning, not the run.
-      template: the chat template, for the manifest.
+      weights, template: the model's `weights_digest` and the chat template, for the manifest.
       say: takes one sentence: what was reused, and every warning. On the first process only.
 
     Raises:
@@ -68,7 +69,7 @@ def add_ref_log_odds(
     tokens = [response.tokens for response in responses]
     values, path, manifest = None, None, {}
     if cache is not None and _place()[0] == 0:
-        manifest = _manifest(model, responses, collator, device, autocast, template)
+        manifest = _manifest(model, responses, collator, device, autocast, weights, template)
         path = cache / f"{_digest([json.dumps(manifest, sort_keys=True).encode()])}.safetensors"
         values = _read(path, manifest, sum(tokens), say)
         if values is not None:
@@ -190,14 +191,14 @@ def _manifest(
     collator: Collator,
     device: torch.device,
     autocast: torch.dtype | None,
+    weights: str,
     template: str,
 ) -> dict[str, Any]:
     """All that the values depend on; neither where the model lies nor how many processes share the work."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     ids = (array("i", [len(r.input_ids), r.prompt_length, *r.input_ids]) + _left_out(r) for r in responses)
-    weights = (*model.named_parameters(), *model.named_buffers())
     return {
-        "weights": _digest(part for name, p in weights for part in (f"{name} {p.dtype} {list(p.shape)}".encode(), _bytes(p))),
+        "weights": weights or weights_digest(model),
         "architecture": type(model).__name__,
         "config": _digest([json.dumps(config, sort_keys=True, default=str).encode()]),
         "token_ids": _digest(ids),
@@ -214,6 +215,12 @@ def _manifest(
         "transformers": transformers.__version__,
         "bnf-align": bnf_core.__version__,
     }
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Of every weight and buffer with its name, dtype and shape; at the speed of memory."""
+    weights = (*model.named_parameters(), *model.named_buffers())
+    return _digest(part for name, p in weights for part in (f"{name} {p.dtype} {list(p.shape)}".encode(), _bytes(p)))
 
 
 def _read(path: Path, manifest: dict[str, Any], tokens: int, say: Callable[[str], object]) -> Tensor | None:
