@@ -356,6 +356,17 @@ def test_a_policy_that_is_another_function_in_training_mode_is_refused(
         trainer.compute_loss(model.train(), Collator(1)(rows))
 
 
+def test_a_policy_that_is_not_its_reference_is_refused(config: BNFConfig) -> None:
+    model = tiny("llama")
+    rows = some_rows(*LENGTHS)
+    paper(model, moved(copy.deepcopy(model), 0.05), rows)
+    attach_log_odds_head(model)
+    starts = {"starts_at_reference": True, "data_collator": Collator(1)}
+    trainer = BNFTrainer(model=model, args=config, objective=OBJECTIVES["bnf"], **starts)
+    with pytest.raises(UsageError, match="policy and reference are not the same model"):
+        trainer.compute_loss(model.train(), Collator(1)(rows))
+
+
 def test_the_check_draws_no_random_numbers_and_is_made_once(config: BNFConfig) -> None:
     model = tiny("llama")
     rows = some_rows(*LENGTHS)
