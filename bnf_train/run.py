@@ -20,9 +20,10 @@ from bnf_train.config import BNFConfig, resumes
 from bnf_train.data import Collator, Options, Row, Template, check_ids, digest, read_and_tokenize
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attend_varlen, attention_width
-from bnf_train.model.head import attach_log_odds_head, can_pack
+from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.model.lora import add_lora, check_modules, quantization
+from bnf_train.model.probe import can_pack, switch_off_dropout
 from bnf_train.training import checkpoint, distributed
 from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens, weights_digest
 from bnf_train.training.trainer import BNFTrainer
@@ -170,7 +171,10 @@ def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> t
         if config.packing:
             attend_varlen(model)
         attach_log_odds_head(model)
-        packed = config.packing and can_pack(model)
+        if dropped := switch_off_dropout(model):
+            console.print(f"{name}: its {', '.join(dropped)} switched off, so that policy and reference are one function.")
+        batch_size = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
+        packed = can_pack(model, rows.train + rows.held_out, batch_size, config.packing, config.device)
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
     if config.torch_compile:
@@ -186,6 +190,8 @@ def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console
         f"{'bf16 autocast' if config.bf16 else 'float32'}, {config.batch_size} rows a step, "
         f"learning rate {config.learning_rate:g}, objective {config.objective}."
     )
+    if trainer.router_loss:
+        console.print(f"Its configuration asks for a router loss (output_router_logits), added {trainer.router_loss:g} times.")
     trainer.train(resume_from_checkpoint=resumed and str(resumed))
 
 

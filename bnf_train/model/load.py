@@ -90,6 +90,12 @@ def from_model(name: str, load: Callable[..., T], flag: str = "--model", could: 
       UsageError: it cannot be had; one sentence that names the flag and says what to do.
     """
     local = Path(name).exists()
+    if local and (Path(name) / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{flag} {name}: it is an adapter, not a whole model; merge it into its base model once, with "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(folder), save the "
+            f"tokenizer beside it, and pass {flag} folder."
+        )
     if local and not (Path(name) / "config.json").is_file():
         raise UsageError(f"{flag} {name}: expected a model folder with a config.json, found none.")
     if not local and (name.count("/") > 1 or name.startswith((".", "~"))):

@@ -26,6 +26,7 @@ from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec
 from bnf_core import objective as described
 from bnf_train.data import Row, model_inputs, passes
 from bnf_train.errors import UsageError
+from bnf_train.model.head import router_loss_coefficient
 from bnf_train.training import distributed, metrics
 from bnf_train.training.quantities import Responses, Scored, joined, measure
 from bnf_train.training.resume import ResumeMixin
@@ -36,6 +37,11 @@ MOST_NOISE = 1e-2
 # bf16 and fp16 round: other batches alone make up to 0.009 (SmolLM2-135M, 16 long rows), another padding 0.015
 MOST_NOISE_IN_HALF, MOST_NOISE_IN_PADDED_HALF = 2e-2, 5e-2
 
+RANDOM = (
+    "its architecture draws random numbers or computes otherwise in training mode, which no configuration switches off; "
+    "look for dropout, jitter or routers in its code."
+)
+
 
 class BNFTrainer(ResumeMixin, Trainer):
     """Minimises the mean of `objective` over the responses (pairs) of each optimizer step, whatever the micro-batches.
@@ -44,6 +50,7 @@ class BNFTrainer(ResumeMixin, Trainer):
       objective: (log_odds, TokenBatch) -> loss per response, or per pair.
       pairwise: whether it has one loss per pair; None: as it says itself (`bnf_core.objective_spec`).
       starts_at_reference: the policy is the reference before the first step, so that w = 1: checked on the first batch.
+        That the policy is one function in training and evaluation mode is checked there in any case.
       Everything else: as transformers.Trainer. Data sets hold `bnf_train.data.Row`s, the model has the log-odds head.
     """
 
@@ -70,11 +77,13 @@ class BNFTrainer(ResumeMixin, Trainer):
         # one that no decorator has described is weighted by the rows' scores, too
         self.objective = objective if self.spec.described or self.pairwise else described(per="response")(objective)
         self.one_pass = self.spec.per == "token"
-        self.starts_at_reference = starts_at_reference
+        self.starts_at_reference, self._same_in_both_modes = starts_at_reference, False
+        self.router_loss = router_loss_coefficient(self.model)
         # compute_loss divides by the responses of the whole step; the second line says so to older transformers (5.17)
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._since_log: list[Responses] = []
+        self._router_losses: list[Tensor] = []
         self._tokens_since_log, self._logged_at = 0, time.perf_counter()
         self._noise_at_start: float | None = None
         if self.pop_callback(ProgressCallback) is not None:  # not with --disable_tqdm
@@ -114,6 +123,8 @@ class BNFTrainer(ResumeMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
+        if model.training and not self._same_in_both_modes:
+            self._check_modes(model, inputs)
         count = num_items_in_batch if num_items_in_batch is not None else self._losses_in(inputs)
         # gradients are averaged over processes, and the mean is over the losses of all of them
         scale = (self.accelerator.num_processes if model.training else 1) / count
@@ -125,16 +136,20 @@ class BNFTrainer(ResumeMixin, Trainer):
         )  # fmt: skip
         if self.one_pass:
             token_loss, per_token = self.spec.weighted_token_loss, self.spec.per_token(batch, scale)
-            loss, log_odds, entropy = model(**model_inputs(inputs), token_loss=token_loss, per_token=per_token)
+            token = {"token_loss": token_loss, "per_token": per_token}
+            loss, log_odds, entropy, *router = model(**model_inputs(inputs), **token, router_loss=self.router_loss > 0)
             batch = replace(batch, entropy=entropy)
             with torch.no_grad():
                 losses = self.objective(log_odds, batch)
             loss = loss + (losses.sum() * scale - loss.detach())  # terms that have no gradient, such as BNF's entropy
         else:
-            log_odds, entropy = model(**model_inputs(inputs))
+            log_odds, entropy, *router = model(**model_inputs(inputs), router_loss=self.router_loss > 0)
             batch = replace(batch, entropy=entropy)
             losses = self.objective(log_odds, batch)
             loss = losses.sum() * scale
+        if router and model.training:  # of one micro-batch: it counts as large a part of the step as its losses are
+            loss = loss + self.router_loss * router[0].to(loss.device) * self._losses_in(inputs) * scale
+            self._router_losses.append(router[0].detach())
         if batch.weight is not None:  # metrics are of all tokens alike
             batch = replace(batch, weight=None)
         scored = Scored(log_odds.detach(), batch, losses.detach(), inputs["paired"], self.pairwise)
@@ -159,18 +174,43 @@ class BNFTrainer(ResumeMixin, Trainer):
 
     def _check_start(self, log_odds: Tensor, ref_log_odds: Tensor, padded: bool) -> None:
         """On the first micro-batch of each process, with dropout as in training."""
-        noise = (bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) - 1).abs()
-        total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
-        mean = total / max(tokens, 1)
+        mean, most = self._noise(log_odds, ref_log_odds, padded)
         self._noise_at_start = mean
-        half = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize < 4
-        most = (MOST_NOISE_IN_PADDED_HALF if padded else MOST_NOISE_IN_HALF) if half else MOST_NOISE
         if mean > most:  # NaN is for the check of the loss, which names the rows
             raise UsageError(
                 f"before the first step the mean |w - 1| is {mean:.2g}, more than the {most:g} that noise explains: "
-                "policy and reference are not the same model in the same mode; look for dropout in the model's configuration, "
-                "a reference cache of other weights, or another attention implementation or dtype."
+                "policy and reference are not the same model; look for a reference cache of other weights, or another "
+                "attention implementation or dtype."
             )
+
+    def _check_modes(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        """On the first micro-batch: what is trained is the function that is evaluated, scored and saved.
+
+        Not for adapters that go on, whose own dropout (--lora_dropout) is meant; a new one is 0 whatever it drops.
+        """
+        self._same_in_both_modes = True
+        if self.state.global_step > 0 and getattr(self.args, "lora_dropout", 0):
+            return
+        random = torch.get_rng_state()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            evaluated, trained = (model.train(mode)(**model_inputs(inputs))[0] for mode in (False, True))
+        torch.set_rng_state(random)
+        mean, most = self._noise(trained, evaluated, "attention_mask" in inputs)
+        if mean > most:
+            alpha = self.args.neftune_noise_alpha
+            what = f"--neftune_noise_alpha {alpha:g} adds noise to its embeddings; leave it out." if alpha else RANDOM
+            raise UsageError(
+                f"before the first step policy and policy in evaluation mode differ (mean |w - 1| is {mean:.2g}, more than the "
+                f"{most:g} that noise explains): {what}"
+            )
+
+    def _noise(self, log_odds: Tensor, ref_log_odds: Tensor, padded: bool) -> tuple[float, float]:
+        """mean |w - 1| over the first micro-batch of all processes, and the most that rounding explains."""
+        noise = (bnf_weight(log_odds, ref_log_odds.to(log_odds.dtype)) - 1).abs()
+        total, tokens = self.accelerator.reduce(torch.stack([noise.sum(), noise.new_tensor(len(noise))]), "sum").tolist()
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize < 4
+        most = (MOST_NOISE_IN_PADDED_HALF if padded else MOST_NOISE_IN_HALF) if half else MOST_NOISE
+        return total / max(tokens, 1), most
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the metrics of what was trained on since the last log, over all processes."""
@@ -188,6 +228,9 @@ class BNFTrainer(ResumeMixin, Trainer):
         if self._noise_at_start is not None:
             logs["bnf/start_weight_error"] = self._noise_at_start
         self._noise_at_start = None
+        if self._router_losses:
+            logs["router_loss"] = add_up(torch.stack(self._router_losses).mean()).item() / self.accelerator.num_processes
+            self._router_losses = []
         self._since_log, self._tokens_since_log, self._logged_at = [], 0, now
         return logs
 

@@ -18,7 +18,8 @@ from bnf_train.data import Collator, Response, Row, model_inputs, packed
 from bnf_train.errors import UsageError
 from bnf_train.model import head as model_head
 from bnf_train.model.attention import NAME, PackedResponses, attend_varlen, attention_width
-from bnf_train.model.head import attach_log_odds_head, can_pack
+from bnf_train.model.head import attach_log_odds_head
+from bnf_train.model.probe import can_pack
 
 SIZES = {
     "vocab_size": 37,
@@ -58,6 +59,11 @@ def tiny(name: str, **more: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), attn_implementation="eager").eval()
 
 
+def packs(model: PreTrainedModel) -> bool:
+    rows = [Row("", [Response(torch.randint(37, (n,)).tolist(), 1, True)]) for n in (8, 9, 5)]
+    return can_pack(model, rows, 2, True, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_odds_and_gradients_are_those_of_the_logits(name: str) -> None:
     plain, ours = tiny(name), tiny(name)
@@ -93,7 +99,7 @@ def test_an_unknown_head_is_refused() -> None:
 
     def other_head(**kwargs: Any) -> Any:
         output = forward(**kwargs)
-        output.logits = output.logits * 1.5
+        output.logits = output.logits + torch.arange(37) / 10
         return output
 
     scaled.forward = other_head
@@ -114,11 +120,12 @@ def test_bf16_weights_pass_and_another_head_does_not(name: str, monkeypatch: pyt
     exact = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float() @ head.weight.float().T
     assert name in ("gemma2", "cohere", "granite", "phi") or (model(input_ids=ids).logits - exact).abs().max() > 1e-2
     attach_log_odds_head(model)
-    assert can_pack(model)
-    scale, cap = model_head._logit_scale(model), model_head._softcap(model)
-    wrong: list[tuple[str, Any]] = [("_logit_scale", lambda _: 1.02 * scale)]
+    assert packs(model)
+    cap, scale = model_head._softcap_and_scale(model)
+    assert (cap, scale) == pytest.approx((5.0 if name == "gemma2" else None, {"cohere": 0.3, "granite": 0.25}.get(name, 1)))
+    wrong: list[tuple[str, Any]] = [("_softcap_and_scale", lambda _: (cap, 1.02 * scale))]
     if cap is not None:
-        wrong.append(("_softcap", lambda _: 1.05 * cap))
+        wrong.append(("_softcap_and_scale", lambda _: (1.05 * cap, scale)))
     if head.bias is not None:
         wrong.append(("LogOddsHead", WithoutBias))
     for function, other in wrong:
@@ -209,7 +216,7 @@ def test_packed_log_odds_are_the_padded_ones(name: str, attention: str) -> None:
     except ValueError as error:
         pytest.skip(f"transformers: {str(error).splitlines()[0][:100]}")
     attach_log_odds_head(model)
-    assert can_pack(model)
+    assert packs(model)
     lengths = ((3, 9), (2, 30), (5, 6), (1, 12))
     rows = [Row("p", [Response(torch.randint(37, (n,)).tolist(), k, True)]) for k, n in lengths]
     for ordered in (rows, rows[::-1]):
@@ -286,7 +293,7 @@ def test_a_model_that_keeps_lengths_from_its_attention_is_packed_with_a_mask() -
     assert model.config._attn_implementation == "sdpa"
     assert attention_width(model) < math.inf  # the collator pads where that is less work
     attach_log_odds_head(model)
-    assert can_pack(model)
+    assert packs(model)
 
 
 def test_sparse_attention_that_goes_by_the_name_of_sdpa_stays_sparse() -> None:
@@ -313,6 +320,6 @@ def test_a_model_whose_packed_responses_see_each_other_is_found_out() -> None:
         return original(**kwargs | {"attention_mask": ones})
 
     model.model.forward = with_mask
-    assert not can_pack(model)
+    assert not packs(model)
     model.model.forward = lambda *, position_ids=None, **kwargs: original(**kwargs)
-    assert not can_pack(model)
+    assert not packs(model)
