@@ -42,6 +42,7 @@ SAME = (
     "use_peft",
     "rows_digest",  # checked last: another seed changes it, too
 )
+STATES = ("optimizer.*", "global_step*")  # what holds the optimizer's state; the second by DeepSpeed
 LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a folder
 
 
@@ -143,6 +144,7 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
             raise UsageError(f"--resume_from_checkpoint {folder}: no such folder; pass a checkpoint-N folder, or True.")
         if main_process and (what := damage(folder)):
             raise UsageError(f"--resume_from_checkpoint {folder}: not a complete checkpoint ({what}); True takes the last one.")
+        _check_has_optimizer(folder)
         return folder
     if main_process and (output / PARTIAL).exists():
         say(f"{output / PARTIAL}: a checkpoint that was not finished, removed.")
@@ -150,6 +152,7 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
     for folder in reversed(checkpoints(output)):
         what = damage(folder) if main_process else None
         if what is None:
+            _check_has_optimizer(folder)
             say(f"Going on from {folder}.")
             return folder
         aside = folder.with_name(f"damaged-{folder.name}")
@@ -164,6 +167,14 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
         )
     say(f"No complete checkpoint in {output}: starting from the beginning.")
     return None
+
+
+def _check_has_optimizer(folder: Path) -> None:
+    if not any(any(folder.glob(pattern)) for pattern in STATES):
+        raise UsageError(
+            f"--resume_from_checkpoint {folder}: it has the model and no optimizer (--save_only_model), so a run that went on "
+            f"from it would be another one; start anew, with --model {folder} if its weights are to be trained on."
+        )
 
 
 def arguments_of(folder: Path) -> dict[str, Any]:
