@@ -155,10 +155,11 @@ def survive(train: Launcher, folder: Path, fsdp: bool, moments: list[tuple[str, 
 @pytest.mark.parametrize(("processes", "fsdp"), [(1, False), (2, False), (2, True)], ids=["one", "ddp", "fsdp2"])
 def test_sigterm_to_everybody(processes: int, fsdp: bool, train: Launcher, tmp_path: Path) -> None:
     """To the trainer and its data workers, and as by a scheduler and a launcher twice: a checkpoint, and exit code 143."""
-    workers = {"dataloader_num_workers": str(processes), "dataloader_multiprocessing_context": "fork"}
+    # steps of two rows, so that workers are still there in the second one
+    flags = {"batch_size": "2", "dataloader_num_workers": str(processes), "dataloader_multiprocessing_context": "fork"}
     ended = train(
-        tmp_path / "out", "micro-batch", 6, signal.SIGTERM, group=True, where=processes - 1, processes=processes, fsdp=fsdp,
-        **workers,
+        tmp_path / "out", "micro-batch", 4 // processes, signal.SIGTERM, group=True, where=processes - 1,
+        processes=processes, fsdp=fsdp, **flags,
     )  # fmt: skip
     assert set(ended.codes) == {143}, ended.printed
     assert "the same command with --resume_from_checkpoint True goes on from there" in ended.printed
