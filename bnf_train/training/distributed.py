@@ -156,9 +156,16 @@ def sharded_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """A model's weights, or an adapter's, from the folder that a trainer saved, each process its shard."""
+    """A model's weights, or an adapter's, from the folder that a trainer saved, each process its shard.
+
+    Raises:
+      FileNotFoundError: this process sees none in the folder.
+    """
     weights = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
-    for path in folder.glob("*model*.safetensors"):
+    paths = list(folder.glob("*model*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no weights")
+    for path in paths:
         with safe_open(path, "pt") as file, torch.no_grad():
             for name in file.keys():  # noqa: SIM118  (it is no dict)
                 weights[name].copy_(_shard_like(weights[name], file.get_tensor(name)))

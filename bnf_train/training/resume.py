@@ -122,11 +122,11 @@ class ResumeMixin(_Trainer):
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its part
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(final)  # in every process; not where it is being written
                 if self.args.should_save:
                     written = self._partial / final.name
-                    if self.state.best_global_step == self.state.global_step:
-                        self.state.best_model_checkpoint = str(final)  # not where it is being written
-                        self.state.save_to_json(str(written / "trainer_state.json"))
+                    self.state.save_to_json(str(written / "trainer_state.json"))
                     seal(written, final)
                     self._partial.rmdir()
         finally:
