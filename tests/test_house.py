@@ -50,7 +50,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/compare": ["cli", "config", "data", "demo", "errors", "flags", "model", "run", "training"],
     "bnf_train/analyze": ["cli", "data", "errors", "model"],
     "bnf_train/plan": ["cli", "config", "data", "errors", "flags", "model", "objectives"],
-    "bnf_train/examples": ["data", "demo"],
+    "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],
 }
 COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, never imported

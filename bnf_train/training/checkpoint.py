@@ -31,17 +31,8 @@ ARGUMENTS = "training_args.json"
 # flags that may be others in a resumed run, for they change no weight but by rounding; every other one must be the same
 MAY_CHANGE = {
     # where things are, and what they are called: rows and weights are compared by what is in them
-    *(
-        "model",
-        "ref_model",
-        "dataset",
-        "eval_dataset",
-        "chat_template",
-        "output_dir",
-        "resume_from_checkpoint",
-        "trust_remote_code",
-    ),
-    *("reference_cache", "no_reference_cache", "show_examples", "datasets", "tracebacks"),
+    *("model", "ref_model", "dataset", "eval_dataset", "chat_template", "output_dir", "resume_from_checkpoint"),
+    *("trust_remote_code", "reference_cache", "no_reference_cache", "show_examples", "datasets", "tracebacks"),
     # how long (said, because the rest of the schedule is another), how much at once, on what
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_pass"),
     *("packing", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
@@ -64,6 +55,7 @@ DIGESTS = {  # compared once they are known
     "model_digest": "the weights of --model are others than",
 }
 LONGER = ("num_train_epochs", "max_steps")
+STATES = ("optimizer.*", "global_step*")  # what holds the optimizer's state; the second by DeepSpeed
 LAST = ("true", "auto", "last")  # values of --resume_from_checkpoint, beside a folder
 
 
@@ -165,6 +157,7 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
             raise UsageError(f"--resume_from_checkpoint {folder}: no such folder; pass a checkpoint-N folder, or True.")
         if main_process and (what := damage(folder)):
             raise UsageError(f"--resume_from_checkpoint {folder}: not a complete checkpoint ({what}); True takes the last one.")
+        _check_has_optimizer(folder)
         return folder
     if main_process and (output / PARTIAL).exists():
         say(f"{output / PARTIAL}: a checkpoint that was not finished, removed.")
@@ -172,6 +165,7 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
     for folder in reversed(checkpoints(output)):
         what = damage(folder) if main_process else None
         if what is None:
+            _check_has_optimizer(folder)
             say(f"Going on from {folder}.")
             return folder
         aside = folder.with_name(f"damaged-{folder.name}")
@@ -186,6 +180,14 @@ def to_resume(argument: str | bool | None, output: Path, say: Callable[[str], An
         )
     say(f"No complete checkpoint in {output}: starting from the beginning.")
     return None
+
+
+def _check_has_optimizer(folder: Path) -> None:
+    if not any(any(folder.glob(pattern)) for pattern in STATES):
+        raise UsageError(
+            f"--resume_from_checkpoint {folder}: it has the model and no optimizer (--save_only_model), so a run that went on "
+            f"from it would be another one; start anew, with --model {folder} if its weights are to be trained on."
+        )
 
 
 def arguments_of(folder: Path) -> dict[str, Any]:

@@ -3,16 +3,27 @@
 The head's weight needs nothing here: it is used inside the head's own forward, where both have gathered it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DistributedType
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments
+
+from bnf_train.errors import UsageError
+from bnf_train.training.quantities import Responses
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -26,6 +37,29 @@ def load_in_float32(config: TrainingArguments) -> None:
     if plugin is not None and config.bf16:
         plugin.deepspeed_config.pop("bf16", None)
         plugin.set_deepspeed_weakref()  # a copy, which transformers reads when it loads a model
+
+
+def check(accelerator: Accelerator) -> None:
+    """Raises UsageError for sharding that would leave no model folder at the end, and for sequences that are split up."""
+    parallelism = accelerator.parallelism_config
+    for name in ("cp_size", "sp_size", "tp_size"):
+        if parallelism is not None and (size := getattr(parallelism, name)) > 1:
+            raise UsageError(
+                f"{name} {size}: each process needs the whole sequence of a response, packed or padded, and the whole head; "
+                "leave it out, and for long responses use FSDP2 with --gradient_checkpointing."
+            )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise UsageError(
+            f"fsdp_version {plugin.fsdp_version}: only FSDP2 is supported; set fsdp_version: 2 in the launcher's file."
+        )
+    if "FULL" not in str(plugin.state_dict_type):
+        raise UsageError(
+            f"fsdp_state_dict_type {plugin.state_dict_type.name}: no model folder would be saved at the end; set "
+            "fsdp_state_dict_type: FULL_STATE_DICT in the launcher's file (checkpoints are read by any number of processes)."
+        )
 
 
 def keep_float32(accelerator: Accelerator) -> None:
@@ -91,6 +125,86 @@ def without_tied(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, T
     """A gathered state dict without the second name of a weight with two, which one process does not save either."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
+
+
+def whole_state(state: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """An optimizer's state dict with what FSDP2 has sharded gathered on the CPU, as one process has it.
+
+    Every process calls it; where `keep` is false, the gathered tensors are dropped.
+    """
+
+    def gather(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        whole = value.full_tensor()
+        return whole.cpu() if keep else None
+
+    moments = {index: {name: gather(v) for name, v in of.items()} for index, of in state["state"].items()}
+    return state | {"state": moments}
+
+
+def sharded_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """What `whole_state` gathered, each process its shard, as the optimizer's parameters are sharded now, or are not."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def shard(value: Any, parameter: Tensor) -> Any:
+        # the same shape: a moment; the number of steps has none
+        return _shard_like(parameter, value) if getattr(value, "shape", None) == parameter.shape else value
+
+    moments = {index: {name: shard(v, parameters[index]) for name, v in of.items()} for index, of in state["state"].items()}
+    return state | {"state": moments}
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """A model's weights, or an adapter's, from the folder that a trainer saved, each process its shard.
+
+    Raises:
+      FileNotFoundError: this process sees none in the folder.
+    """
+    weights = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    paths = list(folder.glob("*model*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no weights")
+    for path in paths:
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118  (it is no dict)
+                weights[name].copy_(_shard_like(weights[name], file.get_tensor(name)))
+
+
+def _shard_like(like: Tensor, whole: Tensor) -> Tensor:
+    """This process's part of `whole`, which every process has."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def with_all_tokens(of: Responses, accelerator: Accelerator) -> Responses:
+    """The values of every process's tokens in each of them, for quantiles, which no sums add up to; sums stay its own."""
+    if accelerator.num_processes == 1:
+        return of
+    labelled = torch.cat([of.token_values, of.token_preferred.to(of.token_values.dtype).unsqueeze(1)], dim=1)
+    # filled up with the label -1 to the length of the longest
+    everyone = accelerator.gather(accelerator.pad_across_processes(labelled, pad_index=-1))
+    everyone = everyone[everyone[:, -1] >= 0]
+    return replace(of, token_values=everyone[:, :-1], token_preferred=everyone[:, -1] > 0)
+
+
+class EmptyRowsLast(Sampler[int]):
+    """All rows in the order that one process has, then those that fill up the last batches, which have no responses."""
+
+    def __init__(self, rows: Sized, empty: int, seed: int | None) -> None:
+        self.shuffled = SeedableRandomSampler(range(len(rows) - empty), data_seed=seed)
+        self.empty = range(len(rows) - empty, len(rows))
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.shuffled
+        yield from self.empty
+
+    def __len__(self) -> int:
+        return len(self.shuffled) + len(self.empty)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.shuffled.set_epoch(epoch)
 
 
 @contextmanager

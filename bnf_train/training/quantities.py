@@ -220,7 +220,8 @@ def total(of: Responses, quantity: Quantity) -> Fraction:
 
 @dataclass(frozen=True)
 class ExpQuantile:
-    """exp of the quantile over tokens at `share`; over several processes the mean of theirs."""
+    """exp of the quantile over tokens at `share`. Over several processes it is added up as the mean of theirs, so each is
+    to hold the tokens of all."""
 
     share: float
 

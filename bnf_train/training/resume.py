@@ -11,12 +11,15 @@ transformers.Trainer saves and resumes, too. What it lacks, and `ResumeMixin` ad
 """
 
 import math
+import multiprocessing
+import multiprocessing.context
 import random
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +30,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from bnf_train.errors import Interrupted, UsageError
+from bnf_train.training import distributed
 from bnf_train.training.checkpoint import ARGUMENTS, PARTIAL, checkpoints, naming_a_full_disk, read_state, seal, write_state
 
 RNG, OPTIMIZER, SCHEDULER, SCALER = (f"{name}.safetensors" for name in ("rng_state", "optimizer", "scheduler", "scaler"))
+OPTIMIZER_OF_SUBCLASSES = "optimizer.pt"  # its moments are tensor subclasses
 
 if TYPE_CHECKING:  # what `self` and `super()` are, once the mixin stands before Trainer among a class's bases
     from transformers import Trainer as _Trainer
@@ -40,9 +45,10 @@ else:
 class ResumeMixin(_Trainer):
     """For a subclass of transformers.Trainer: it can be killed at any moment and, resumed, ends with the same weights.
 
-    Optimizer, scheduler, scaler and random numbers are stored as safetensors. Optimizers that FSDP or DeepSpeed shard, or
-    whose moments are tensor subclasses (torchao), keep transformers' format, read by torch.load(weights_only=True): that
-    builds tensors and containers of known kinds and runs nothing else.
+    Optimizer, scheduler, scaler and random numbers are stored as safetensors, and whole: what one process wrote, or several
+    with DDP or FSDP2, any number of processes goes on from. Two kinds keep their libraries' format: moments that are tensor
+    subclasses (torchao), read by torch.load(weights_only=True), which runs nothing, and all that DeepSpeed partitions, which
+    it unpickles, and reads in the number of processes that wrote it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +77,11 @@ class ResumeMixin(_Trainer):
         return f"saved {kept[-1]}; the same command with --resume_from_checkpoint True goes on from there."
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers and accelerate do so, too, but not where several processes go on within an epoch: two wrappers too deep
+        sampler: Any = kwargs["train_dataloader"]
+        while (sampler := getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)) is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(kwargs["epoch"])
         if self.state.global_step >= self.state.max_steps:  # a finished run, resumed within an epoch: Trainer adds a step
             self.control.should_training_stop = True
         else:
@@ -83,6 +94,17 @@ class ResumeMixin(_Trainer):
             return super().evaluate(*args, **kwargs)
         finally:
             set_rng_state(state)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if loader.num_workers and hasattr(signal, "sigwaitinfo"):  # not on macOS
+            method = self.args.dataloader_multiprocessing_context or multiprocessing.get_start_method()
+            # accelerate's wrapper starts workers by the loader inside; where it skips batches, it copies what is its own
+            for part in (loader, getattr(loader, "base_dataloader", loader)):
+                part.worker_init_fn = partial(_start_worker, part.worker_init_fn)
+                if method == "fork":
+                    part.multiprocessing_context = _WorkerContext()
+        return loader
 
     # --- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -100,11 +122,11 @@ class ResumeMixin(_Trainer):
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # every process has written its part
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(final)  # in every process; not where it is being written
                 if self.args.should_save:
                     written = self._partial / final.name
-                    if self.state.best_global_step == self.state.global_step:
-                        self.state.best_model_checkpoint = str(final)  # not where it is being written
-                        self.state.save_to_json(str(written / "trainer_state.json"))
+                    self.state.save_to_json(str(written / "trainer_state.json"))
                     seal(written, final)
                     self._partial.rmdir()
         finally:
@@ -133,22 +155,38 @@ class ResumeMixin(_Trainer):
     def _sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            distributed.load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            distributed.load_weights(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded():
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
+            return
+        state = distributed.whole_state(self.optimizer.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
             write_state(Path(output_dir) / SCHEDULER, self.lr_scheduler.state_dict())
             try:
-                write_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
+                write_state(Path(output_dir) / OPTIMIZER, state)
             except TypeError:  # tensor subclasses, as torchao's 8-bit moments
-                super()._save_optimizer_and_scheduler(output_dir)
+                torch.save(state, Path(output_dir) / OPTIMIZER_OF_SUBCLASSES)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / OPTIMIZER).is_file():
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            self.optimizer.load_state_dict(read_state(Path(checkpoint) / OPTIMIZER))
-            self.lr_scheduler.load_state_dict(read_state(Path(checkpoint) / SCHEDULER))
+            return
+        path, other = Path(checkpoint) / OPTIMIZER, Path(checkpoint) / OPTIMIZER_OF_SUBCLASSES
+        state = read_state(path) if path.is_file() else torch.load(other, "cpu", weights_only=True)
+        self.optimizer.load_state_dict(distributed.sharded_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(read_state(Path(checkpoint) / SCHEDULER))
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.args.should_save and self.accelerator.scaler is not None:
@@ -236,7 +274,10 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles signals inside. A second signal does what it does without this."""
+        """Handles signals inside. A second SIGINT, from somebody who will not wait, does what it does without this.
+
+        A second SIGTERM changes nothing: a scheduler sends one to every process, and a launcher passes its own on.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -245,7 +286,8 @@ class StopOnSignal(TrainerCallback):
 
         def receive(number: int, frame: Any) -> None:
             self.received = number
-            signal.signal(number, before[signal.Signals(number)])
+            if number == signal.SIGINT:
+                signal.signal(number, before[signal.SIGINT])
 
         try:
             for number in before:
@@ -272,7 +314,7 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate &= args.load_best_model_at_end  # which checkpoint is best depends on it
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer._sharded() and self._stopping():
+        if not self.trainer.is_deepspeed_enabled and self._stopping():
             control.should_training_stop = True
             self.rng_at_step = self._rng_of_last_step
 
@@ -281,6 +323,40 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate = control.should_log = False
             control.should_save = not self._saved(state.global_step)
+
+
+class _Worker(multiprocessing.context.ForkProcess):
+    """A data worker that is born with SIGTERM blocked."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _WorkerContext(multiprocessing.context.ForkContext):
+    Process = _Worker
+
+
+def _start_worker(prepare: Callable[[int], None] | None, worker: int) -> None:
+    """In a data worker: signals to the whole process group are the trainer's to answer, which still needs its batches.
+
+    The worker ends when the trainer ends it, by SIGTERM too, or is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if prepare is not None:
+        prepare(worker)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    signal.raise_signal(signal.SIGKILL)
 
 
 def rng_state() -> dict[str, Any]:

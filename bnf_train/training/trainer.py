@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
 from transformers import ProgressCallback, Trainer
 
 from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec
@@ -67,6 +68,7 @@ class BNFTrainer(ResumeMixin, Trainer):
     ) -> None:
         self.beta = beta_of(objective)
         super().__init__(*args, compute_metrics=partial(metrics.held_out_values, beta=self.beta), **kwargs)
+        distributed.check(self.accelerator)
         distributed.keep_float32(self.accelerator)
         if self.args.ddp_find_unused_parameters is None:
             distributed.wait_for_every_gradient(self.accelerator, self.model)
@@ -88,11 +90,12 @@ class BNFTrainer(ResumeMixin, Trainer):
         self._noise_at_start: float | None = None
         if self.pop_callback(ProgressCallback) is not None:  # not with --disable_tqdm
             self.add_callback(_ProgressBar)
+        self._empty_rows = 0
         if self.train_dataset is not None and self.accelerator.num_processes > 1:
             # accelerate would fill up the last batches with rows from the beginning, which would count twice
             rows: list[Row] = list(self.train_dataset)
-            missing = -len(rows) % (self.args.per_device_train_batch_size * self.accelerator.num_processes)
-            self.train_dataset = rows + [Row("", [])] * missing
+            self._empty_rows = -len(rows) % (self.args.per_device_train_batch_size * self.accelerator.num_processes)
+            self.train_dataset = rows + [Row("", [])] * self._empty_rows
 
     # --- from batch to loss ---------------------------------------------------------------------------------------------
 
@@ -224,7 +227,8 @@ class BNFTrainer(ResumeMixin, Trainer):
         now = time.perf_counter()
         speed = torch.tensor(self._tokens_since_log / (now - self._logged_at), device=self.args.device)
         logs = {"tokens_per_second": add_up(speed).item()}
-        logs |= metrics.values(joined(self._since_log), beta=self.beta, reduce=add_up)
+        since_log = distributed.with_all_tokens(joined(self._since_log), self.accelerator)
+        logs |= metrics.values(since_log, beta=self.beta, reduce=add_up)
         if self._noise_at_start is not None:
             logs["bnf/start_weight_error"] = self._noise_at_start
         self._noise_at_start = None
@@ -245,6 +249,12 @@ class BNFTrainer(ResumeMixin, Trainer):
         return None, table, inputs["row"].new_zeros(len(table))
 
     # --- several processes (bnf_train.training.distributed) -------------------------------------------------------------
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
+        sampler: Sampler[int] | None = super()._get_train_sampler(*args, **kwargs)
+        if self._empty_rows and isinstance(sampler, RandomSampler):
+            return distributed.EmptyRowsLast(self.train_dataset, self._empty_rows, self.args.data_seed)
+        return sampler
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """--torch_compile is `distributed.compile_layers`: a model compiled whole would leave out the head's forward."""

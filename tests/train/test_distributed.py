@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
+from launched import environment
 from preference_rows import PAIRS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -128,6 +129,21 @@ def test_two_processes_with_fsdp2_are_one(flags: Callable[..., list[str]], tmp_p
 def test_two_machines_with_fsdp2_are_one_process(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     """Two launchers that find each other by an address, as on two machines."""
     launch_and_compare("multi_node.yaml", flags, tmp_path, RUNS[:1], machines=2)
+
+
+@pytest.mark.slow  # two launchers and two processes on two cores, twice
+@pytest.mark.parametrize("configuration", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_torchrun_agents_are_one_process(configuration: str, flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """`torchrun --nnodes 2` on each of two machines; FSDP2 by the variables that accelerate's launcher would set."""
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"flags": flags("two", 2, False, False)}))
+    agent = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+    script = [str(Path(__file__).with_name("runs_on_cpu.py")), str(tmp_path / "runs.jsonl")]
+    told = environment(0, 2, fsdp=configuration == "fsdp2.yaml")
+    agents = [[*agent, "--master_port", told["MASTER_PORT"], "--node_rank", str(rank), *script] for rank in range(2)]
+    fsdp = {name: value for name, value in told.items() if "FSDP" in name}
+    children.together(agents, CUDA_VISIBLE_DEVICES="", **fsdp)
+    assert main(flags("one", 1, False, False)) == 0
+    same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow  # DeepSpeed's import alone takes half a minute of two cores

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launched import HANGS, Launcher, Run
 from preference_rows import PAIRS
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
@@ -46,58 +46,6 @@ FLAGS = {
     "--disable_tqdm": "true",
 }
 STEPS = 9
-HANGS = 600  # seconds: a guard against waiting forever, no measure of anything
-
-
-class Ended(NamedTuple):
-    """How a process ended: exit code (minus the signal that killed it), what it printed, what it had counted."""
-
-    code: int
-    printed: str
-    counted: int
-
-
-def run(flags: dict[str, str], log: Path, what: str = "", at: int = 0, number: int = signal.SIGKILL) -> None:
-    """In a child: `python -m bnf_train`, which gets a signal at the at-th event: "file", "file in FOLDER", "micro-batch"."""
-    assert "preloaded" in sys.modules
-    from bnf_train import __main__, report
-    from bnf_train.training import trainer
-
-    report.write = lambda *args: None
-    counted = 0
-
-    def count(kind: str) -> None:
-        nonlocal counted
-        if kind == what:
-            counted += 1
-            if counted == at:
-                os.kill(os.getpid(), number)
-
-    def audit(event: str, args: tuple[Any, ...]) -> None:
-        written = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree") or (
-            event == "open" and isinstance(args[1], str) and args[1] != "r"
-        )
-        flush = event == "open" and args[1] is None  # by os.open, before fsync
-        if (written or flush) and flags["--output_dir"] in str(args[0]):
-            count("file")
-            for part in Path(str(args[0])).parts:
-                count(f"file in {part}")
-
-    step = trainer.BNFTrainer.training_step
-
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        count("micro-batch")
-        return step(self, *args, **kwargs)
-
-    trainer.BNFTrainer.training_step = training_step  # type: ignore[method-assign]
-    sys.addaudithook(audit)
-    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        code = __main__.main([part for pair in flags.items() for part in pair])
-        file.write(f"\ncounted {counted}\n")
-    sys.exit(code)
-
-
-Run = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -105,22 +53,7 @@ def train(forks: ForkServerContext, model_folder: Path, write_rows: Callable[...
     """Train into a folder: train(output, what, at, number, **other flags); `seconds` kills after that time."""
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.001}))
-    base = FLAGS | {"--model": str(model_folder), "--dataset": str(write_rows(PAIRS))}
-
-    def train(output: Path, *when: Any, seconds: float | None = None, **flags: str) -> Ended:
-        log = tmp_path / f"log-{random.getrandbits(32)}"
-        arguments = base | {"--output_dir": str(output)} | {f"--{name}": value for name, value in flags.items()}
-        process = forks.Process(target=run, args=(arguments, log, *when))
-        process.start()
-        process.join(HANGS if seconds is None else seconds)
-        process.kill()  # where it has not ended
-        process.join()
-        printed = log.read_text() if log.exists() else ""
-        count = printed.rpartition("\ncounted ")[2].strip()
-        assert process.exitcode is not None
-        return Ended(process.exitcode, printed, int(count) if count.isdecimal() else -1)
-
-    return train
+    return Launcher(forks, FLAGS | {"--model": str(model_folder), "--dataset": str(write_rows(PAIRS))}, tmp_path)
 
 
 Undisturbed = tuple[dict[str, torch.Tensor], int, float]
@@ -252,6 +185,14 @@ def test_another_run_is_not_gone_on_with(train: Run, write_rows: Callable[..., P
     assert ended.code == 0, ended.printed
 
 
+def test_a_checkpoint_without_optimizer_is_refused(train: Run, tmp_path: Path) -> None:
+    """The run would warm up again, and its moments would begin at 0."""
+    assert train(tmp_path / "out", max_steps="4", save_only_model="True").code == 0
+    ended = train(tmp_path / "out", max_steps="6", resume_from_checkpoint="True")
+    assert ended.code == 2, ended.printed
+    assert "it has the model and no optimizer (--save_only_model)" in ended.printed
+
+
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(train: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
     size = 4 * sum(value.nbytes for value in undisturbed[0].values())  # with Adam's moments, tokenizer and rest
     disk = tmp_path / "disk"
@@ -328,7 +269,7 @@ def test_state_comes_back_bitwise(tmp_path: Path) -> None:
 
 def complete(folder: Path) -> Path:
     (folder.parent / checkpoint.PARTIAL / folder.name).mkdir(parents=True)
-    for name in ("a", "b"):
+    for name in ("a", "b", "optimizer.safetensors"):
         (folder.parent / checkpoint.PARTIAL / folder.name / name).write_text(f"{name} of {folder.name}")
     checkpoint.seal(folder.parent / checkpoint.PARTIAL / folder.name, folder)
     (folder.parent / checkpoint.PARTIAL).rmdir()

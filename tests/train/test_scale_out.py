@@ -1,0 +1,216 @@
+"""Several processes, DDP or FSDP2: another number of them goes on from a checkpoint, every metric is that of one process."""
+
+import json
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from launched import Ended, Launcher
+from preference_rows import PAIRS, SINGLES
+from safetensors.torch import load_file
+from torch.distributed.fsdp import StateDictType
+
+from bnf_train.errors import UsageError
+from bnf_train.training import checkpoint, distributed
+
+# 7 rows by 4 are 2 steps an epoch, the second one of 3 rows: a process has a micro-batch without any
+FLAGS = {
+    "--bf16": "false",
+    "--max_length": "100",
+    "--eval_strategy": "steps",
+    "--eval_steps": "3",
+    "--batch_size": "4",
+    "--per_device_train_batch_size": "1",
+    "--per_device_eval_batch_size": "2",
+    "--num_train_epochs": "3",
+    "--learning_rate": "0.01",
+    "--warmup_steps": "0",
+    "--save_strategy": "steps",
+    "--save_steps": "3",
+    "--disable_tqdm": "true",
+}
+KINDS = [False, True]
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+# of a log: what is not computed from the rows; transformers counts the share of an epoch in micro-batches
+OF_THE_MACHINE = ("runtime", "per_second", "total_flos", "epoch")
+
+
+@pytest.fixture
+def train(forks: ForkServerContext, model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> Launcher:
+    rows, held_out = write_rows(PAIRS[:7]), write_rows(PAIRS[5:], "held_out.jsonl")
+    flags = {"--model": str(model_folder), "--dataset": str(rows), "--eval_dataset": str(held_out)}
+    return Launcher(forks, FLAGS | flags, tmp_path)
+
+
+def ok(ended: Ended) -> None:
+    assert set(ended.codes) == {0}, ended.printed
+
+
+def logged(folder: Path, but: tuple[str, ...] = ()) -> list[dict[str, float]]:
+    """All that was logged, by step; without what depends on the machine."""
+    found, left_out = json.loads((folder / "metrics.json").read_text()), OF_THE_MACHINE + but
+    return [{k: v for k, v in log.items() if not any(part in k for part in left_out)} for log in found["log"]]
+
+
+def assert_same_run(folder: Path, expected: Path, rel: float = 1e-4, weights: float = 1e-4, but: tuple[str, ...] = ()) -> None:
+    """Every metric of the training log and of the evaluations, and the weights; `but` are parts of names to leave out."""
+    ours, theirs = logged(folder, but), logged(expected, but)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            if "clipped" in name and other["step"] == 1:
+                continue  # the policy is the reference: rounding decides which of two equal numbers is larger
+            assert one[name] == pytest.approx(value, rel=rel, abs=rel / 10), (other["step"], name)
+    for path in expected.glob("*model.safetensors"):
+        found, wanted = load_file(folder / path.name), load_file(path)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=weights, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_no_pickle(folder: Path) -> None:
+    """Every file is text, an image or safetensors; none of them has the signs of a pickle or of a zip archive."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "optimizer.safetensors" for path in files)
+    for path in files:
+        assert path.suffix in (".json", ".jinja", ".safetensors", ".md", ".html", ".png"), path
+        if path.suffix != ".png":
+            data = path.read_bytes()
+            assert not data.startswith((b"PK", b"\x80")), path  # zip (torch.save), pickle of protocol 2 or later
+            if path.suffix == ".safetensors":
+                json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            else:
+                data.decode()
+
+
+@pytest.mark.parametrize("fsdp", KINDS, ids=["ddp", "fsdp2"])
+def test_another_number_of_processes_goes_on(fsdp: bool, train: Launcher, tmp_path: Path) -> None:
+    goes_on(train, tmp_path, fsdp)
+
+
+@pytest.mark.slow  # ten launches
+@pytest.mark.parametrize("fsdp", KINDS, ids=["ddp", "fsdp2"])
+def test_another_number_of_processes_goes_on_with_an_adapter(fsdp: bool, train: Launcher, tmp_path: Path) -> None:
+    goes_on(train, tmp_path, fsdp, use_peft="true", lora_r="4")
+
+
+def goes_on(train: Launcher, tmp_path: Path, fsdp: bool, **flags: str) -> None:
+    """From the checkpoint of one process in two and the other way round; rows in the same order, every metric the same."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    ok(train(one, **flags))
+    ok(train(two, processes=2, fsdp=fsdp, **flags))
+    assert_same_run(two, one)
+    for before, processes in ((one, 2), (two, 1)):
+        after = tmp_path / f"then-{processes}"
+        after.mkdir()
+        shutil.copytree(before / "checkpoint-3", after / "checkpoint-3")
+        ended = train(after, processes=processes, fsdp=fsdp and processes > 1, resume_from_checkpoint="True", **flags)
+        ok(ended)
+        assert "Going on from" in ended.printed
+        # measured once after every start; transformers' mean over steps of which it has seen the last three
+        assert_same_run(after, one, but=("weights_moved", "train_loss"))
+        assert_no_pickle(after)
+
+
+def test_killed_in_two_processes_and_resumed_the_weights_are_the_same(train: Launcher, tmp_path: Path) -> None:
+    """DDP within an optimizer step, FSDP2 while a checkpoint is written; with dropout, so that random numbers count."""
+    survive(train, tmp_path, False, [("micro-batch", 9, 1)])
+    survive(train, tmp_path, True, [("file in checkpoint-6", 6, 0)])
+
+
+@pytest.mark.slow  # twenty launches of two processes
+@pytest.mark.parametrize("fsdp", KINDS, ids=["ddp", "fsdp2"])
+def test_killed_in_two_processes_many_times(fsdp: bool, train: Launcher, tmp_path: Path) -> None:
+    draw = random.Random(7)
+    moments = [("micro-batch", draw.randint(1, 12), draw.randint(0, 1)) for _ in range(5)]
+    survive(train, tmp_path, fsdp, moments + [("file", draw.randint(1, 60), 0) for _ in range(5)])
+
+
+def survive(train: Launcher, folder: Path, fsdp: bool, moments: list[tuple[str, int, int]]) -> None:
+    """Each moment's process is killed there, the other one with it; resumed, the run ends as the undisturbed one."""
+    config = folder / "tiny" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.001}))
+    ok(train(folder / f"undisturbed-{fsdp}", processes=2, fsdp=fsdp))
+    expected = load_file(folder / f"undisturbed-{fsdp}" / "model.safetensors")
+    for what, at, where in moments:
+        output = folder / f"killed-{fsdp}-{what.split('/')[0].replace(' ', '-')}-{at}-{where}"
+        ended = train(output, what, at, where=where, processes=2, fsdp=fsdp)
+        assert -signal.SIGKILL in ended.codes, ended.printed
+        ok(train(output, processes=2, fsdp=fsdp, resume_from_checkpoint="auto"))
+        found = load_file(output / "model.safetensors")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (what, at, name)
+
+
+@pytest.mark.parametrize(("processes", "fsdp"), [(1, False), (2, False), (2, True)], ids=["one", "ddp", "fsdp2"])
+def test_sigterm_to_everybody(processes: int, fsdp: bool, train: Launcher, tmp_path: Path) -> None:
+    """To the trainer and its data workers, and as by a scheduler and a launcher twice: a checkpoint, and exit code 143."""
+    # steps of two rows, so that workers are still there in the second one
+    flags = {"batch_size": "2", "dataloader_num_workers": str(processes), "dataloader_multiprocessing_context": "fork"}
+    ended = train(
+        tmp_path / "out", "micro-batch", 4 // processes, signal.SIGTERM, group=True, where=processes - 1,
+        processes=processes, fsdp=fsdp, **flags,
+    )  # fmt: skip
+    assert set(ended.codes) == {143}, ended.printed
+    assert "the same command with --resume_from_checkpoint True goes on from there" in ended.printed
+    (kept,) = checkpoint.checkpoints(tmp_path / "out")
+    assert checkpoint.damage(kept) is None
+    assert checkpoint.read_state(kept / "optimizer.safetensors")["state"]
+
+
+CASES: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
+    "bf16": (PAIRS[:7], {"bf16": "true"}),
+    "lora": (PAIRS[:7], {"use_peft": "true", "lora_r": "4"}),
+    "lora-bf16": (PAIRS[:7], {"use_peft": "true", "lora_r": "4", "bf16": "true"}),
+    "preferred": ([row | {"label": True} for row in SINGLES[:7]], {}),
+    # in this order every second row is another process's
+    "dispreferred-on-one": ([row | {"label": n % 2 == 0} for n, row in enumerate(SINGLES[:7])], IN_ORDER),
+    "one-row": (SINGLES[:1], {}),
+    # by the loss of the worst one, which is not the last
+    "best": (PAIRS[:7], {"load_best_model_at_end": "true", "metric_for_best_model": "eval_loss", "greater_is_better": "true"}),
+}
+
+
+@pytest.mark.slow  # two processes for each of a dozen cases
+@pytest.mark.parametrize("fsdp", KINDS, ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case: str, fsdp: bool, train: Launcher, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    """Uneven numbers of rows in all of them; in the last one process never has any."""
+    rows, flags = CASES[case]
+    flags = flags | {"dataset": str(write_rows(rows, "case.jsonl"))}
+    ok(train(tmp_path / "one", **flags))
+    ok(train(tmp_path / "two", processes=2, fsdp=fsdp, **flags))
+    # in bf16 the same products in another order differ by its spacing
+    assert_same_run(tmp_path / "two", tmp_path / "one", *((5e-2, 3e-2) if "bf16" in case else ()))
+    assert_no_pickle(tmp_path / "two")
+
+
+REFUSED = {
+    "tensors": ({"parallelism": {"tp_size": 2}}, "tp_size 2: each process needs"),
+    "sequences": ({"parallelism": {"cp_size": 2}}, "cp_size 2: each process needs"),
+    "ulysses": ({"parallelism": {"sp_size": 2}}, "sp_size 2: each process needs"),
+    "fsdp1": ({"fsdp_version": 1, "state_dict_type": StateDictType.FULL_STATE_DICT}, "set fsdp_version: 2"),
+    "shards": (
+        {"fsdp_version": 2, "state_dict_type": StateDictType.SHARDED_STATE_DICT},
+        "fsdp_state_dict_type: FULL_STATE_DICT",
+    ),
+}
+
+
+@pytest.mark.parametrize(("asked", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_supported_is_a_sentence(asked: dict[str, Any], words: str) -> None:
+    parallelism = ParallelismConfig(**asked["parallelism"]) if "parallelism" in asked else None
+    plugin = None if parallelism else SimpleNamespace(**asked)
+    accelerator: Any = SimpleNamespace(parallelism_config=parallelism, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(UsageError, match=words):
+        distributed.check(accelerator)
