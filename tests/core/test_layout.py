@@ -95,3 +95,10 @@ def test_of_a_frozen_head_one_tile_of_exponentials_is_held() -> None:
     held = found.workspace(scratch=False)
     assert (held["exponentials"], held["logits of a tile"]) == (2 * found.chunk * found.block, 4 * found.chunk * found.block)
     assert sizes(8192, 4096, 128256, wanted=(False, False, False)).workspace(scratch=False)["exponentials"] == 0
+
+
+def test_logits_that_become_their_exponentials_in_place_take_no_room() -> None:
+    """In float32 on a CPU, where all exponentials are held: one buffer serves both, and the eager fold needs no other."""
+    held = sizes(64, 64, 1000, torch.float32, on_gpu=False).workspace(scratch=True)
+    assert held["logits of a tile"] == held["scratch of the eager fold"] == 0
+    assert held["exponentials"] == 64 * 1000 * 4

@@ -6,7 +6,7 @@ import torch
 from bnf_core import head_workspace
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
-from bnf_core.roofline import DEVICES, SHAPES, estimate, table
+from bnf_core.roofline import DEVICES, SHAPES, Step, estimate, table, timed
 
 H100 = DEVICES["h100"]
 MIB = 2**20
@@ -84,3 +84,15 @@ def test_the_table_adds_up() -> None:
     assert list(map(float, rows["ratio"])) == pytest.approx(ratios, abs=2e-3)
     chunks, looks = int(rows["fold"][0]), int(rows["looks at a number"][0])
     assert 1 <= looks <= chunks + 1
+
+
+@pytest.mark.parametrize(("share", "cached"), [(0.45, True), (0.55, False)])
+def test_what_the_step_before_has_written_is_read_from_the_cache_where_it_fits(share: float, cached: bool) -> None:
+    """At most half of the second-level cache."""
+    size = int(share * H100.l2_bytes)
+    view = (1, 0, size)
+    written = Step("write", 0, torch.bfloat16, reads=(), writes=((view, size),))
+    read = Step("read", 0, torch.bfloat16, reads=((view, size),), writes=())
+    found = timed([written, read], H100, 0)
+    assert found.seconds["read"] == pytest.approx(size / H100.hbm)
+    assert found.with_l2["read"] == pytest.approx(size / (H100.l2 if cached else H100.hbm))
