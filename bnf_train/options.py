@@ -256,7 +256,7 @@ class LoRA:
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "QLoRA: the base in 4 bits. Needs bitsandbytes, a CUDA GPU and --use_peft."},
+        metadata={"help": "QLoRA: the base in 4 bits. Needs bitsandbytes and --use_peft."},
     )
 
 

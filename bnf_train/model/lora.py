@@ -21,10 +21,10 @@ from bnf_train.model.load import load_model
 
 
 def quantization(config: BNFConfig) -> Any:
-    """What `load_model` takes for --load_in_4bit: 4-bit NormalFloat weights, multiplied in bf16; else None.
+    """What `load_model` takes for --load_in_4bit: 4-bit NormalFloat weights, multiplied in bf16 under --bf16, else in float32.
 
     Raises:
-      UsageError: --load_in_4bit without --use_peft, without a GPU or without bitsandbytes.
+      UsageError: --load_in_4bit without --use_peft, or without a bitsandbytes that can do it here.
     """
     if not config.load_in_4bit:
         return None
@@ -32,17 +32,18 @@ def quantization(config: BNFConfig) -> Any:
         raise UsageError(
             "--load_in_4bit: weights of 4 bits cannot be trained themselves; add --use_peft true, or leave it out."
         )
-    if not torch.cuda.is_available():
-        raise UsageError("--load_in_4bit: bitsandbytes' kernels need a CUDA GPU and none was found; leave it out.")
     if not is_bitsandbytes_available():
         raise UsageError("--load_in_4bit: needs bitsandbytes (pip install bitsandbytes), or leave it out.")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16,  # FSDP2 shards floating-point storage only
-    )
+    try:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            bnb_4bit_quant_storage=torch.bfloat16 if torch.cuda.is_available() else torch.uint8,  # FSDP2 shards floats only
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--load_in_4bit: {one_line(error)}; leave it out.") from error
 
 
 def lora_config(config: BNFConfig) -> peft.LoraConfig:

@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks, is_de
 from bnf_train import hub
 from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError, nearest, one_line
-from bnf_train.model.lora import lora_config
+from bnf_train.model.lora import lora_config, quantization
 from bnf_train.training import metrics
 
 PROBES = ("0.125", "3", "true", "false", "bfloat16", "AUTO")  # an argument that any of these changes nothing of has no effect
@@ -50,6 +50,7 @@ def try_out(config: BNFConfig) -> None:
         raise UsageError("--deepspeed: needs the package deepspeed, which is not installed; install it, or leave it out.")
     if config.use_peft:
         lora_config(config)
+    quantization(config)
     if config.push_to_hub:
         _can_push(config)
     _best_metric(config)

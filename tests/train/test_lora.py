@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import is_bitsandbytes_available
 
 from bnf_core import bnf, objective_spec
 from bnf_train.__main__ import main
@@ -176,9 +177,30 @@ def test_what_cannot_be_is_refused_with_a_reason(folder: Path) -> None:
     with pytest.raises(UsageError, match="--lora_r: expected"):
         config_of(folder, "--lora_r", "0")
     four_bits = config_of(folder, "--load_in_4bit")
-    if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="--load_in_4bit: bitsandbytes' kernels need a CUDA GPU"):
+    if not is_bitsandbytes_available():
+        with pytest.raises(UsageError, match="--load_in_4bit: needs bitsandbytes"):
             quantization(four_bits)
     four_bits.use_peft = False
     with pytest.raises(UsageError, match=r"--load_in_4bit: .* add --use_peft"):
         quantization(four_bits)
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+def test_four_bits_compute_what_their_weights_say(folder: Path, write_rows: Callable[..., Path]) -> None:
+    """Log-odds and the adapter's gradient are those of a float32 model with the weights that 4 bits stand for."""
+    config = config_of(folder, "--load_in_4bit", "--bf16", "false")
+    found = []
+    for whole in (False, True):
+        model = load_model(str(folder), quantization=quantization(config))
+        if whole:
+            model = model.dequantize().float()
+            config.load_in_4bit = False
+        attach_log_odds_head(model)
+        torch.manual_seed(1)
+        adapted = add_lora(model, config)
+        log_odds, _ = log_odds_of(adapted)
+        log_odds.sum().backward()
+        found.append([log_odds.detach(), *(p.grad for p in adapted.parameters() if p.requires_grad)])
+    assert len(found[0]) == len(found[1]) > 10
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
