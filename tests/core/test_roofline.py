@@ -86,6 +86,26 @@ def test_the_table_adds_up() -> None:
     assert 1 <= looks <= chunks + 1
 
 
+def test_the_tables_figures_are_the_estimates() -> None:
+    """Steps, GB and ms of every row, to the digits that are shown."""
+    rows = {line[:28].strip(): line[28:].split() for line in table("Llama-3-8B", "h100").splitlines()}
+    tokens, dim, vocab, softcap, bias = SHAPES["Llama-3-8B"]
+    found, bare, _ = estimate(tokens, dim, vocab, H100, softcap=softcap, bias=bias)
+    rest = set(found.counts) - set(rows)
+    for row, kinds in [(kind, {kind}) for kind in set(found.counts) - rest] + [("everything else", rest)]:
+        sums = (sum(times[kind] for kind in kinds) for times in (found.seconds, found.with_l2))
+        expected = (
+            sum(found.counts[k] for k in kinds),
+            sum(found.bytes.get(k, 0) for k in kinds) / 1e9,
+            *(1e3 * s for s in sums),
+        )
+        for shown, value, digits in zip(rows[row], expected, (0, 2, 3, 3), strict=True):
+            assert float(shown) == pytest.approx(value, abs=0.51 * 10**-digits)
+    assert float(rows["total"][1]) == pytest.approx(1e3 * sum(found.seconds.values()), abs=6e-4)
+    assert float(rows["total"][2]) == pytest.approx(1e3 * sum(found.with_l2.values()), abs=6e-4)
+    assert float(rows["bare products"][1]) == pytest.approx(1e3 * sum(bare.seconds.values()), abs=6e-4)
+
+
 @pytest.mark.parametrize(("share", "cached"), [(0.45, True), (0.55, False)])
 def test_what_the_step_before_has_written_is_read_from_the_cache_where_it_fits(share: float, cached: bool) -> None:
     """At most half of the second-level cache."""
