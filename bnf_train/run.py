@@ -17,13 +17,13 @@ from transformers.trainer_pt_utils import get_model_param_count
 from bnf_core import Objective
 from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
-from bnf_train.data import Collator, Options, Row, Template, check_ids, digest, read_and_tokenize
+from bnf_train.data import Collator, Options, Row, Template, by_prompt, check_ids, digest, positions, read_and_tokenize
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.model.lora import add_lora, check_modules, quantization
-from bnf_train.model.probe import can_pack, switch_off_dropout
+from bnf_train.model.probe import can_pack, can_share_prompts, switch_off_dropout
 from bnf_train.training import checkpoint, distributed
 from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens, weights_digest
 from bnf_train.training.trainer import BNFTrainer
@@ -177,11 +177,35 @@ def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> t
         packed = can_pack(model, rows.train + rows.held_out, batch_size, config.packing, config.device)
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
+    shared = config.share_prompts and packed and can_share_prompts(model, rows.train + rows.held_out, config.device)
+    if flag == "--model":
+        _say_what_is_shared(config, rows.train, shared, packed, console)
     if config.torch_compile:
         distributed.compile_layers(model, config.torch_compile_backend, config.torch_compile_mode)
     pad = int(rows.tokenizer.pad_token_id or 0)
     # which token pads plays no part, so long as there is such a one
-    return model, Collator(pad if pad < embeddings else 0, packed, attention_width(model))
+    return model, Collator(pad if pad < embeddings else 0, packed, attention_width(model), shared)
+
+
+def _say_what_is_shared(config: BNFConfig, rows: list[Row], shared: bool, packed: bool, console: Console) -> None:
+    if not config.share_prompts or not packed:
+        return
+    order = [rows[place] for group in by_prompt(rows) for place in group]
+    alone, together = (positions(order, config.per_device_train_batch_size, share) for share in (False, True))
+    if together == alone and all(len(group) == 1 for group in by_prompt(rows)):
+        return  # no two responses to a prompt
+    if not shared:
+        console.print(
+            f"{config.model}: each response is computed with a prompt of its own, for this architecture cannot share it."
+        )
+    elif together == alone:
+        console.print(
+            "Prompts are shared by responses of one pass: raise --per_device_train_batch_size to have several in one."
+        )
+    else:
+        console.print(
+            f"Prompts are computed once: {together:,} positions an epoch for {alone:,}, {alone / together:.2f} times fewer."
+        )
 
 
 def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console: Console) -> None:

@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from bnf_train.model.shared_prompts import SharedPrompts
+
 NAME = "sdpa_varlen"
 
 
@@ -80,6 +82,8 @@ class PackedResponses:
 
 def _with_lengths_on_the_host(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """One copy from the device for all layers."""
+    if (spans := kwargs.pop("packed_spans", None)) is not None:
+        kwargs["packed_responses"] = SharedPrompts(spans.tolist())
     if kwargs.get("cu_seq_lens_q") is not None and "packed_responses" not in kwargs:
         kwargs["packed_responses"] = PackedResponses(kwargs["cu_seq_lens_q"].diff().tolist())
     return args, kwargs
@@ -92,10 +96,12 @@ def _forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed_responses: PackedResponses | None = None,
+    packed_responses: PackedResponses | SharedPrompts | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' own for "sdpa", which it calls for each response."""
+    """As transformers' own for "sdpa", which it calls for each response; behind a shared prompt: `SharedPrompts`."""
+    if isinstance(packed_responses, SharedPrompts):
+        return packed_responses.attend(query, key, value, options.get("sliding_window"), options.get("scaling")), None
     if packed_responses is None and options.get("cu_seq_lens_q") is not None:
         packed_responses = PackedResponses(options["cu_seq_lens_q"].diff().tolist())
     if packed_responses is not None:

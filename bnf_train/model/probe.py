@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
+from bnf_train.model.attention import NAME, attention_of
 from bnf_train.model.score import score
 
 # the mean over a response's tokens, in nats: of single tokens an expert that was chosen narrowly may make more
@@ -43,9 +44,7 @@ def can_pack(model: PreTrainedModel, rows: Sequence[Row], batch_size: int, packi
     alone = torch.cat([s.log_odds for s in score(model, [[r] for r in responses[::-1]], Collator(0), device)[::-1]])
 
     def most(log_odds: Tensor) -> float:
-        """Of the responses, the largest mean distance from what they are alone."""
-        errors = (log_odds - alone).abs().split([r.tokens for r in responses])
-        return torch.stack([error.mean() for error in errors]).max().item()
+        return _largest_mean(log_odds - alone, responses)
 
     rounds = _rounds(model)
     if packing:
@@ -59,6 +58,35 @@ def can_pack(model: PreTrainedModel, rows: Sequence[Row], batch_size: int, packi
     if most(_of_batch(model, responses, Collator(0), device)) > (NEIGHBOURS_IN_HALF if rounds else NEIGHBOURS):
         raise UsageError(_why(model, [len(r.input_ids) for r in responses]))
     return False
+
+
+def can_share_prompts(model: PreTrainedModel, rows: Sequence[Row], device: torch.device) -> bool:
+    """Whether responses behind a prompt that is computed once are what they are behind one of their own, by trying it.
+
+    On the longest and the shortest response of the data, each beside one that goes on otherwise from its middle. Costs a
+    forward pass of each and one of all; to be asked where `can_pack` says yes.
+    """
+    if attention_of(model) != NAME:
+        return False
+    ids = sorted((r.input_ids for row in rows for r in row.responses if len(r.input_ids) > 3), key=len)
+    if not ids:
+        return False
+    responses = []
+    for x in (ids[-1], ids[0]):
+        prompt, rest = x[: len(x) // 2], x[len(x) // 2 :]
+        responses += [Response(prompt + own, len(prompt), True) for own in (rest, rest[::-1])]
+    alone = torch.cat([s.log_odds for s in score(model, [[r] for r in responses], Collator(0), device)])
+    try:
+        shared = _of_batch(model, responses, Collator(0, packed=True, share_prompts=True), device)
+    except (TypeError, ValueError, RuntimeError):  # a mask of its own, or an argument that it does not know
+        return False
+    most = 0.1 * _largest_mean(_seeing(model, responses, device) - alone, responses) if _rounds(model) else ROUNDING
+    return _largest_mean(shared - alone, responses) < most
+
+
+def _largest_mean(errors: Tensor, responses: Sequence[Response]) -> float:
+    """Of the responses, the largest mean distance over their tokens."""
+    return torch.stack([error.abs().mean() for error in errors.split([r.tokens for r in responses])]).max().item()
 
 
 def _largest(rows: Sequence[Row], batch_size: int) -> list[Response]:
@@ -79,7 +107,8 @@ def _seeing(model: PreTrainedModel, responses: Sequence[Response], device: torch
     """The same in one long response, where each sees those before it."""
     starts = torch.tensor([0, *(len(r.input_ids) for r in responses)]).cumsum(0)
     whole = _of_batch(model, [Response([i for r in responses for i in r.input_ids], 1, True)], Collator(0), device)
-    return torch.cat([whole[start : end - 1] for start, end in itertools.pairwise(starts.tolist())])
+    places = zip(itertools.pairwise(starts.tolist()), responses, strict=True)
+    return torch.cat([whole[start + r.prompt_length - 1 : end - 1] for (start, end), r in places])
 
 
 def _rounds(model: PreTrainedModel) -> bool:

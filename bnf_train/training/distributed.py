@@ -3,7 +3,7 @@
 The head's weight needs nothing here: it is used inside the head's own forward, where both have gathered it.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -189,19 +189,25 @@ def with_all_tokens(of: Responses, accelerator: Accelerator) -> Responses:
     return replace(of, token_values=everyone[:, :-1], token_preferred=everyone[:, -1] > 0)
 
 
-class EmptyRowsLast(Sampler[int]):
-    """All rows in the order that one process has, then those that fill up the last batches, which have no responses."""
+class GroupedRows(Sampler[int]):
+    """Rows in an order that no number of processes changes: groups shuffled, each as it stands, then rows without responses.
 
-    def __init__(self, rows: Sized, empty: int, seed: int | None) -> None:
-        self.shuffled = SeedableRandomSampler(range(len(rows) - empty), data_seed=seed)
-        self.empty = range(len(rows) - empty, len(rows))
+    Args:
+      groups: places of the rows that stay together.
+      empty: places of rows that fill up the last batches.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], empty: Sequence[int], seed: int | None) -> None:
+        self.groups, self.empty = groups, empty
+        self.shuffled = SeedableRandomSampler(range(len(groups)), data_seed=seed)
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.shuffled
+        for group in self.shuffled:
+            yield from self.groups[group]
         yield from self.empty
 
     def __len__(self) -> int:
-        return len(self.shuffled) + len(self.empty)
+        return sum(map(len, self.groups)) + len(self.empty)
 
     def set_epoch(self, epoch: int) -> None:
         self.shuffled.set_epoch(epoch)

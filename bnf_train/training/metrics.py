@@ -203,11 +203,12 @@ METRICS: tuple[Metric, ...] = (
     # by transformers
     Metric("learning_rate", training=True, panel=Panel("Learning rate")),
     Metric("grad_norm", training=True, panel=Panel("Gradient norm")),
-    # by the trainer: prompt and response tokens, over all processes; mean |w - 1| before the first step; see WeightsMoved
+    # by the trainer: tokens of responses with their prompts, over all processes; mean |w - 1| before the first step; see WeightsMoved
     Metric(
         "tokens_per_second", unit="tokens per second", training=True,
         panel=Panel("Speed"), tile=Shown("training tokens per second", ",.0f"),
     ),
+    Metric("positions_per_second", unit="positions per second", training=True),  # a prompt that responses share is one
     Metric("bnf/start_weight_error", training=True),
     Metric("bnf/weights_moved", training=True),
 )  # fmt: skip

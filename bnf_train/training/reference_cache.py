@@ -64,7 +64,7 @@ def add_ref_log_odds(
     Raises:
       UsageError: the reference gives a response NaN or infinite log-odds.
     """
-    groups = _by_content(rows)
+    groups = _by_content(rows, collator.share_prompts)
     responses = [response for response, *_ in groups]
     tokens = [response.tokens for response in responses]
     values, path, manifest = None, None, {}
@@ -105,14 +105,22 @@ def check_same_tokens(name: str, tokenizer: PreTrainedTokenizerBase, trust_remot
 # --- the pass --------------------------------------------------------------------------------------------------------
 
 
-def _by_content(rows: Iterable[Row]) -> list[list[Response]]:
-    """Responses of one content (token ids, prompt, which of them count) together; longest first, among equals by their ids."""
+def _by_content(rows: Iterable[Row], together: bool) -> list[list[Response]]:
+    """Responses of one content (token ids, prompt, which of them count); longest first, among equals by their ids.
+
+    With `together`, those to one prompt stand together, in the place of the longest of them.
+    """
     groups: defaultdict[tuple[int, bytes, int, bytes], list[Response]] = defaultdict(list)
+    longest: defaultdict[bytes, int] = defaultdict(int)
+    prompts = {}
     for row in rows:
         for response in row.responses:
             ids = array("i", response.input_ids).tobytes()
-            groups[-len(ids), ids, response.prompt_length, _left_out(response).tobytes()].append(response)
-    return [groups[key] for key in sorted(groups)]
+            key = -len(ids), ids, response.prompt_length, _left_out(response).tobytes()
+            groups[key].append(response)
+            prompts[key] = ids[: 4 * response.prompt_length] if together else ids
+            longest[prompts[key]] = max(longest[prompts[key]], len(ids))
+    return [groups[key] for key in sorted(groups, key=lambda key: (-longest[prompts[key]], prompts[key], key))]
 
 
 def _left_out(response: Response) -> "array[int]":
@@ -125,10 +133,13 @@ def _left_out(response: Response) -> "array[int]":
 def _batches(responses: Iterable[Response], batch_size: int) -> list[list[Response]]:
     """Consecutive responses, longest first; padded, a batch is no larger than `batch_size` of the very longest."""
     batches: list[list[Response]] = []
+    longest = 0
     for response in responses:
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].input_ids) > batch_size * len(batches[0][0].input_ids):
+        if not batches or (len(batches[-1]) + 1) * longest > batch_size * len(batches[0][0].input_ids):
             batches.append([])
+            longest = 0
         batches[-1].append(response)
+        longest = max(longest, len(response.input_ids))
     return batches
 
 
@@ -209,6 +220,7 @@ def _manifest(
         "attention": attention_of(model),
         "head": "linear_log_odds",
         "packed": collator.packed,
+        "prompts": "shared" if collator.share_prompts else "",
         "compiled": any(module._compiled_call_impl is not None for module in model.modules()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,

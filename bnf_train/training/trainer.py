@@ -25,7 +25,7 @@ from transformers import ProgressCallback, Trainer
 
 from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec
 from bnf_core import objective as described
-from bnf_train.data import Row, model_inputs, passes
+from bnf_train.data import Row, by_prompt, logical_tokens, model_inputs, passes
 from bnf_train.errors import UsageError
 from bnf_train.model.head import router_loss_coefficient
 from bnf_train.training import distributed, metrics
@@ -86,7 +86,7 @@ class BNFTrainer(ResumeMixin, Trainer):
         self.model_accepts_loss_kwargs = True
         self._since_log: list[Responses] = []
         self._router_losses: list[Tensor] = []
-        self._tokens_since_log, self._logged_at = 0, time.perf_counter()
+        self._tokens_since_log, self._positions_since_log, self._logged_at = 0, 0, time.perf_counter()
         self._noise_at_start: float | None = None
         if self.pop_callback(ProgressCallback) is not None:  # not with --disable_tqdm
             self.add_callback(_ProgressBar)
@@ -173,7 +173,8 @@ class BNFTrainer(ResumeMixin, Trainer):
             self.starts_at_reference = False
             self._check_start(scored.log_odds, scored.ref_log_odds, padded)
         self._since_log.append(responses)
-        self._tokens_since_log += int(inputs["attention_mask"].sum()) if padded else inputs["input_ids"].numel()
+        self._tokens_since_log += logical_tokens(inputs)
+        self._positions_since_log += inputs["input_ids"].numel()
 
     def _check_start(self, log_odds: Tensor, ref_log_odds: Tensor, padded: bool) -> None:
         """On the first micro-batch of each process, with dropout as in training."""
@@ -225,8 +226,9 @@ class BNFTrainer(ResumeMixin, Trainer):
         """METRICS of the training log, and what only the trainer knows: speed, and the weights before the first step."""
         add_up = partial(self.accelerator.reduce, reduction="sum")
         now = time.perf_counter()
-        speed = torch.tensor(self._tokens_since_log / (now - self._logged_at), device=self.args.device)
-        logs = {"tokens_per_second": add_up(speed).item()}
+        counts = torch.tensor([self._tokens_since_log, self._positions_since_log], device=self.args.device)
+        speeds = add_up(counts / (now - self._logged_at)).tolist()
+        logs = dict(zip(("tokens_per_second", "positions_per_second"), speeds, strict=True))
         since_log = distributed.with_all_tokens(joined(self._since_log), self.accelerator)
         logs |= metrics.values(since_log, beta=self.beta, reduce=add_up)
         if self._noise_at_start is not None:
@@ -235,7 +237,7 @@ class BNFTrainer(ResumeMixin, Trainer):
         if self._router_losses:
             logs["router_loss"] = add_up(torch.stack(self._router_losses).mean()).item() / self.accelerator.num_processes
             self._router_losses = []
-        self._since_log, self._tokens_since_log, self._logged_at = [], 0, now
+        self._since_log, self._tokens_since_log, self._positions_since_log, self._logged_at = [], 0, 0, now
         return logs
 
     def prediction_step(
@@ -252,9 +254,14 @@ class BNFTrainer(ResumeMixin, Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
         sampler: Sampler[int] | None = super()._get_train_sampler(*args, **kwargs)
-        if self._empty_rows and isinstance(sampler, RandomSampler):
-            return distributed.EmptyRowsLast(self.train_dataset, self._empty_rows, self.args.data_seed)
-        return sampler
+        if not isinstance(sampler, RandomSampler):
+            return sampler
+        rows = len(self.train_dataset) - self._empty_rows
+        shares = getattr(self.data_collator, "share_prompts", False)
+        groups = by_prompt(self.train_dataset[:rows]) if shares else [[place] for place in range(rows)]
+        if len(groups) == rows and not self._empty_rows:
+            return sampler
+        return distributed.GroupedRows(groups, range(rows, rows + self._empty_rows), self.args.data_seed)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """--torch_compile is `distributed.compile_layers`: a model compiled whole would leave out the head's forward."""
