@@ -270,6 +270,7 @@ class Output:
     )
 
 
+RARE = {"lora_kwargs"}  # flags for --help_all alone
 GROUPS = (Data, Rows, Model, Objective, Training, LoRA, Output)
 # transformers' own that everyone uses, as --help shows them under a group: what stands behind the flag, and what it does
 THEIRS: dict[type, dict[str, tuple[str, str]]] = {
@@ -313,7 +314,7 @@ def _rows(options: type) -> Iterator[tuple[str, str, str]]:
     """Name, value and text of a group's flags."""
     own: tuple[Field[Any], ...] = fields(options)
     for option in own:
-        if option.metadata.get("rare"):
+        if option.name in RARE:
             continue
         switch = (option.type is bool and option.default is False) or option.metadata.get("nargs") == "?"
         value = "" if switch else option.metadata.get("metavar", str(option.default).lower())
