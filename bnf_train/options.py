@@ -208,6 +208,13 @@ class Training:
             "help": "Responses one behind the other, no padding. Those of a batch do not see each other (--no_packing: padded)."
         },
     )
+    share_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "A prompt of several responses is computed once. They stand behind it in a pack; single rows with the same "
+            "prompt are kept together and shuffled as one. An architecture that cannot is found out, and said."
+        },
+    )
     tokens_per_pass: int | None = field(
         default=None,
         metadata={
@@ -270,7 +277,7 @@ class Output:
     )
 
 
-RARE = {"lora_kwargs"}  # flags for --help_all alone
+RARE = {"lora_kwargs", "share_prompts"}  # flags for --help_all alone
 GROUPS = (Data, Rows, Model, Objective, Training, LoRA, Output)
 # transformers' own that everyone uses, as --help shows them under a group: what stands behind the flag, and what it does
 THEIRS: dict[type, dict[str, tuple[str, str]]] = {

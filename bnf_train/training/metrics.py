@@ -203,7 +203,8 @@ METRICS: tuple[Metric, ...] = (
     # by transformers
     Metric("learning_rate", training=True, panel=Panel("Learning rate")),
     Metric("grad_norm", training=True, panel=Panel("Gradient norm")),
-    # by the trainer: tokens of responses with their prompts, over all processes; mean |w - 1| before the first step; see WeightsMoved
+    # by the trainer: tokens of responses, each with its prompt, over all processes; mean |w - 1| before the first step; see
+    # WeightsMoved
     Metric(
         "tokens_per_second", unit="tokens per second", training=True,
         panel=Panel("Speed"), tile=Shown("training tokens per second", ",.0f"),
