@@ -6,7 +6,7 @@ import torch
 from bnf_core import head_workspace
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
-from bnf_core.roofline import DEVICES, SHAPES, Step, estimate, table, timed
+from bnf_core.roofline import DEVICES, SHAPES, Recorder, Step, estimate, table, timed
 
 H100 = DEVICES["h100"]
 MIB = 2**20
@@ -116,3 +116,12 @@ def test_what_the_step_before_has_written_is_read_from_the_cache_where_it_fits(s
     found = timed([written, read], H100, 0)
     assert found.seconds["read"] == pytest.approx(size / H100.hbm)
     assert found.with_l2["read"] == pytest.approx(size / (H100.l2 if cached else H100.hbm))
+
+
+def test_an_expanded_tensor_is_read_once() -> None:
+    column = torch.empty(4, 1, device="meta")
+    with Recorder() as recorded:
+        column.expand(4, 1000) + 1
+    (step,) = recorded.steps
+    assert [size for _, size in step.reads] == [4 * 4]
+    assert [size for _, size in step.writes] == [4 * 1000 * 4]
