@@ -20,7 +20,7 @@ class Refused(NamedTuple):
 
 
 _LEAVE_OUT = "; leave it out"
-_OFF = (False, None, 0, "", [])
+_OFF: tuple[Any, ...] = (False, None, 0, "", [])
 REFUSED: dict[str, Refused] = {
     # no effect on what is trained
     "label_smoothing_factor": Refused("smooths the labels of cross-entropy, which no objective here is" + _LEAVE_OUT, _OFF),

@@ -35,14 +35,15 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/rules": [],
     "bnf_train/options": ["demo", "rules"],
     "bnf_train/hub": ["errors"],
+    "bnf_train/inherited": ["errors"],
     "bnf_train/objectives": ["errors"],
     "bnf_train/cli": ["errors"],
-    "bnf_train/config": ["demo", "errors", "options"],
+    "bnf_train/config": ["demo", "errors", "inherited", "options"],
     "bnf_train/data": ["errors", "hub", "rules"],
     "bnf_train/data/__main__": ["cli", "data", "flags", "model"],
-    "bnf_train/flags": ["cli", "config", "demo", "errors", "objectives", "options"],
+    "bnf_train/flags": ["cli", "config", "demo", "errors", "inherited", "objectives", "options"],
     "bnf_train/model": ["config", "data", "errors", "hub"],
-    "bnf_train/training": ["config", "data", "errors", "model"],
+    "bnf_train/training": ["config", "data", "errors", "hub", "model"],
     "bnf_train/report": ["config", "data", "demo", "model", "training"],
     "bnf_train/run": ["cli", "config", "data", "demo", "errors", "model", "objectives", "report", "training"],
     "bnf_train/__main__": ["cli", "flags", "options", "run"],
@@ -64,7 +65,7 @@ LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside funct
 PRIVATE: dict[str, list[str]] = {
     "_make": ["bnf_core/batch.py"],  # of named tuples
     "_asdict": ["bnf_core/batch.py"],
-    "_exit": ["bnf_train/compare/arm.py"],  # of os
+    "_exit": ["bnf_train/compare/arm.py", "bnf_train/training/resume.py"],  # of os
     "_current_level": ["bnf_core/head/__init__.py"],  # torch: inside forward mode, inside a tracer
     "_dynamo": ["bnf_core/head/__init__.py"],
     "_is_amx_tile_supported": ["bnf_core/head/products.py"],

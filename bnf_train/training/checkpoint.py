@@ -210,7 +210,8 @@ def check_same_run(folder: Path, arguments: Mapping[str, Any], say: Callable[[st
       UsageError: names the flag, with the value that it had when the checkpoint `folder` was written.
     """
     then = arguments_of(folder)
-    for name in sorted(then.keys() & arguments.keys() - MAY_CHANGE - DIGESTS.keys()):
+    kept = then.keys() & arguments.keys() - MAY_CHANGE - DIGESTS.keys()
+    for name in sorted(kept, key=lambda name: (name != "objective", name)):  # its hyper-parameters are others with it
         before, now = then[name], arguments[name]
         if name == "hyperparameters" and isinstance(before, dict) and isinstance(now, dict):
             name = next((key for key in sorted(before | now) if before.get(key) != now.get(key)), name)

@@ -13,6 +13,7 @@ transformers.Trainer saves and resumes, too. What it lacks, and `ResumeMixin` ad
 import math
 import multiprocessing
 import multiprocessing.context
+import os
 import random
 import shutil
 import signal
@@ -356,7 +357,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
-    signal.raise_signal(signal.SIGKILL)
+    os._exit(0)  # as torch's own handler: a worker that a signal kills is an error to the trainer
 
 
 def rng_state() -> dict[str, Any]:

@@ -201,11 +201,9 @@ class BNFTrainer(ResumeMixin, Trainer):
         torch.set_rng_state(random)
         mean, most = self._noise(trained, evaluated, "attention_mask" in inputs)
         if mean > most:
-            alpha = self.args.neftune_noise_alpha
-            what = f"--neftune_noise_alpha {alpha:g} adds noise to its embeddings; leave it out." if alpha else RANDOM
             raise UsageError(
                 f"before the first step policy and policy in evaluation mode differ (mean |w - 1| is {mean:.2g}, more than the "
-                f"{most:g} that noise explains): {what}"
+                f"{most:g} that noise explains): {RANDOM}"
             )
 
     def _noise(self, log_odds: Tensor, ref_log_odds: Tensor, padded: bool) -> tuple[float, float]:

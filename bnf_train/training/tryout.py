@@ -77,9 +77,9 @@ def _optimizer(config: BNFConfig) -> torch.optim.Optimizer:
 
 
 def _kind_and_kwargs(config: BNFConfig, model: nn.Module, **other: Any) -> tuple[Any, dict[str, Any]]:
-    args = copy.copy(config)
+    args: Any = copy.copy(config)
     args.optim_target_modules = config.optim_target_modules and "all-linear"  # the tiny model has other names
-    vars(args).update(other)
+    args.__dict__ |= other
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     return kind, dict(kwargs)
 
