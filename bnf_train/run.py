@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from bnf_core import Objective
 from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
-from bnf_train.data import Collator, Options, Row, Template, by_prompt, check_ids, digest, positions, read_and_tokenize
+from bnf_train.data import Collator, Options, Row, Template, by_prompt, check_ids, digest, read_and_tokenize, spared
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head
@@ -190,22 +190,21 @@ def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> t
 def _say_what_is_shared(config: BNFConfig, rows: list[Row], shared: bool, packed: bool, console: Console) -> None:
     if not config.share_prompts or not packed:
         return
-    order = [rows[place] for group in by_prompt(rows) for place in group]
-    alone, together = (positions(order, config.per_device_train_batch_size, share) for share in (False, True))
-    if together == alone and all(len(group) == 1 for group in by_prompt(rows)):
+    groups = by_prompt(rows)
+    if len(groups) == len(rows) and not any(len(row.responses) > 1 for row in rows):
         return  # no two responses to a prompt
     if not shared:
+        console.print(f"{config.model}: this architecture cannot share a prompt, so each response is computed with its own.")
+        return
+    saved = sum(spared([rows[place] for group in groups for place in group], config.per_device_train_batch_size))
+    alone = sum(len(response.input_ids) for row in rows for response in row.responses)
+    if saved:
         console.print(
-            f"{config.model}: each response is computed with a prompt of its own, for this architecture cannot share it."
-        )
-    elif together == alone:
-        console.print(
-            "Prompts are shared by responses of one pass: raise --per_device_train_batch_size to have several in one."
+            f"Prompts are computed once: {alone - saved:,} positions an epoch for {alone:,}, "
+            f"{alone / (alone - saved):.2f} times fewer (--no_share_prompts)."
         )
     else:
-        console.print(
-            f"Prompts are computed once: {together:,} positions an epoch for {alone:,}, {alone / together:.2f} times fewer."
-        )
+        console.print("Responses of one pass share a prompt: raise --per_device_train_batch_size, so that a pass has several.")
 
 
 def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console: Console) -> None:

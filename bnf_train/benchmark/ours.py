@@ -7,15 +7,22 @@ from bnf_train.flags import parse
 from bnf_train.run import run
 
 
-def bnf(task: Task) -> dict[str, float]:
-    """python -m bnf_train on the rows."""
+def bnf_apart(task: Task) -> dict[str, float]:
+    """The same, each response with a prompt of its own."""
+    return bnf(task, "--no_share_prompts")
+
+
+def bnf(task: Task, *flags: str) -> dict[str, float]:
+    """python -m bnf_train on the rows, 4 responses in a micro-batch."""
+    responses = len(task.responses())
+    rows = 4 * len(task.read()) // responses  # two pairs, or four single rows
     with tempfile.TemporaryDirectory() as folder:
         config = parse(
             [
                 *(f"--model={task.model}", f"--dataset={task.rows}", f"--max_length={task.max_length}"),
                 *(f"--output_dir={folder}/out", "--eval_size=0", "--save_strategy=no", "--no_reference_cache"),
-                *("--per_device_train_batch_size=2", "--batch_size=8", "--optim=adamw_torch_fused", "--learning_rate=2e-5"),
-                *("--show_examples=0", "--disable_tqdm=true", "--report_to=none", *task.flags),
+                *(f"--per_device_train_batch_size={rows}", f"--batch_size={4 * rows}", "--optim=adamw_torch_fused"),
+                *("--learning_rate=2e-5", "--show_examples=0", "--disable_tqdm=true", "--report_to=none", *flags, *task.flags),
             ]
         )
         trainer = run(config)

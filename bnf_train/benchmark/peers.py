@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bnf_train.benchmark.task import Task, figures, pairs_of, this_device, tokens_of, wait
+from bnf_train.benchmark.task import Task, figures, this_device, tokens_of, wait
+from bnf_train.config import bf16_in_hardware
 
 
 def bare(task: Task) -> dict[str, float]:
@@ -17,13 +18,13 @@ def bare(task: Task) -> dict[str, float]:
     device = this_device()
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
-    length = round(tokens_of(task, AutoTokenizer.from_pretrained(task.model)) / (2 * len(pairs_of(task))))
+    length = round(tokens_of(task, AutoTokenizer.from_pretrained(task.model)) / len(task.responses()))
     ids = torch.randint(len(model.get_input_embeddings().weight), (4, length), device=device)
     times = []
     for _ in range(4):
         start = time.perf_counter()
         for _ in range(4):
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16_in_hardware(device.type == "cpu")):
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
         optimizer.step()
@@ -49,28 +50,35 @@ def trl_kto(task: Task) -> dict[str, float]:
     return _trl(task, "kto")
 
 
-def _trl(task: Task, kind: str, **options: Any) -> dict[str, float]:
+def trl_dpo_same(task: Task) -> dict[str, float]:
+    return _trl(task, "dpo", same=True)
+
+
+def trl_kto_same(task: Task) -> dict[str, float]:
+    return _trl(task, "kto", same=True)
+
+
+def _trl(task: Task, kind: str, same: bool = False, **options: Any) -> dict[str, float]:
+    """A trainer of TRL; `same`: in bnf_train's arithmetic (float32 weights, bf16 autocast where there is a unit for it)."""
     tokenizer = AutoTokenizer.from_pretrained(task.model)
-    model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32 if same else torch.bfloat16)
+    bf16 = same and bf16_in_hardware(not torch.cuda.is_available())
 
     def says(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
 
-    pairs = [
-        (says("user", r["prompt"]), *(says("assistant", r[side]) for side in ("chosen", "rejected"))) for r in pairs_of(task)
-    ]
-    singles = [(prompt, side, label) for prompt, *sides in pairs for side, label in zip(sides, (True, False), strict=True)]
+    singles = [(says("user", p), says("assistant", answer), label) for p, answer, label in task.responses()]
     rows: dict[str, list[dict[str, Any]]] = {
-        "dpo": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs],
-        "kto": [{"prompt": p, "completion": s, "label": label} for p, s, label in singles],
-        "sft": [{"prompt": p, "completion": s} for p, s, _ in singles],
+        "dpo": [{"prompt": p, "chosen": c, "rejected": r} for (p, c, _), (_, r, _) in zip(*[iter(singles)] * 2, strict=False)],
+        "kto": [{"prompt": p, "completion": answer, "label": label} for p, answer, label in singles],
+        "sft": [{"prompt": p, "completion": answer} for p, answer, _ in singles],
     }
     trl, datasets = map(importlib.import_module, ("trl", "datasets"))  # of no use to `bare`, and memory in its figure
     with tempfile.TemporaryDirectory() as folder:
         arguments = getattr(trl, f"{kind.upper()}Config")(
             output_dir=folder, per_device_train_batch_size=2 if kind == "dpo" else 4, gradient_accumulation_steps=4,
             num_train_epochs=1, learning_rate=2e-5, save_strategy="no", report_to="none", max_length=task.max_length,
-            gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused",
+            gradient_checkpointing=False, bf16=bf16, use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused",
             logging_steps=1, disable_tqdm=True, **options,
         )  # fmt: skip
         start = time.perf_counter()

@@ -18,9 +18,20 @@ class Task:
     """What every method trains on."""
 
     model: str
-    rows: str  # a JSONL file of pairs
+    rows: str  # a JSONL file of pairs, or of single rows
     max_length: int
     flags: tuple[str, ...] = ()  # of bnf_train
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in Path(self.rows).read_text().splitlines()]
+
+    def responses(self) -> list[tuple[str, str, bool]]:
+        """(prompt, response, label) of all."""
+        found = []
+        for row in self.read():
+            sides = [("chosen", True), ("rejected", False)] if "chosen" in row else [("completion", row["label"])]
+            found += [(row["prompt"], row[side], label) for side, label in sides]
+        return found
 
 
 def figures(tokens: int, seconds: float, before: float = 0.0) -> dict[str, float]:
@@ -39,10 +50,6 @@ def this_device() -> torch.device:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def pairs_of(task: Task) -> list[dict[str, str]]:
-    return [json.loads(line) for line in Path(task.rows).read_text().splitlines()]
 
 
 def tokens_of(task: Task, tokenizer: Any) -> int:

@@ -136,20 +136,20 @@ def shared_lengths(responses: Sequence[Response]) -> list[int]:
     return shared
 
 
-def positions(rows: Sequence[Row], batch_size: int, share_prompts: bool) -> int:
-    """Positions that a pass over the rows computes, packed, with neighbours in a batch sharing prompts or not."""
-    batches = (rows[at : at + batch_size] for at in range(0, len(rows), batch_size))
-    return sum(_positions([r for row in batch for r in row.responses], share_prompts) for batch in batches)
+def spared(rows: Sequence[Row], batch_size: int) -> list[int]:
+    """Lengths of the prompts that a pass over the rows, `batch_size` at a time, does not compute again where they are shared.
 
-
-def _positions(responses: Sequence[Response], share_prompts: bool) -> int:
-    total = sum(len(r.input_ids) for r in responses)
-    if share_prompts:
-        groups = itertools.groupby(
-            zip(responses, shared_lengths(responses), strict=True), lambda x: x[0].input_ids[: x[1] or None]
-        )
-        total -= sum(length for _, group in groups for _, length in list(group)[1:])
-    return total
+    >>> pair = Row("", [Response([5, 6, 7, 8], 2, True), Response([5, 6, 3], 2, False)])
+    >>> spared([pair, pair], 1)
+    [2, 2]
+    """
+    lengths = []
+    for at in range(0, len(rows), batch_size):
+        responses = [r for row in rows[at : at + batch_size] for r in row.responses]
+        shared = zip(responses, shared_lengths(responses), strict=True)
+        for _, group in itertools.groupby(shared, lambda x: x[0].input_ids[: x[1]]):
+            lengths += [length for _, length in list(group)[1:] if length]
+    return lengths
 
 
 def by_prompt(rows: Sequence[Row]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from bnf_train.config import BNFConfig
 from bnf_train.data import Collator, parse_share, parse_source, read_and_tokenize
 from bnf_train.errors import UsageError
-from bnf_train.model.attention import attention_width
+from bnf_train.model.attention import NAME, attention_of, attention_width
 from bnf_train.model.load import context_length, load_tokenizer
 from bnf_train.objectives import is_per_token
 from bnf_train.plan.memory import (
@@ -117,7 +117,7 @@ def plan(config: BNFConfig, flags: argparse.Namespace) -> dict[str, Any]:
         "model": config.model,
         "parameters": dataclasses.asdict(size) | {"trainable": {"full": size.total, "lora": size.lora}},
         "data": {"source": data.source, "rows": data.rows, "responses": data.responses, "positions": data.positions}
-        | {"tokens": data.epoch.tokens, "response_tokens": data.epoch.response_tokens},
+        | {"tokens": data.epoch.tokens, "response_tokens": data.epoch.response_tokens, "computed": data.epoch.positions},
         "rows_per_step": config.batch_size,
         "steps": steps,
         "epochs": epochs,
@@ -147,14 +147,15 @@ def _data(config: BNFConfig, flags: argparse.Namespace, model: PreTrainedModel) 
     context = context_length(config.model, config.trust_remote_code)
     config.max_length = min(config.max_length, context or config.max_length)
     width = attention_width(model)
+    shares = config.share_prompts and attention_of(model) == NAME
     assert config.dataset is not None
     there = all(Path(parse_source(parse_share(source)[0])[0]).exists() for source in config.datasets)
     if flags.rows is None and there and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         rows, held_out = read_and_tokenize(config, tokenizer, Console(quiet=True))
-        return counted(rows, held_out, config, Collator(int(tokenizer.pad_token_id or 0), config.packing, width))
+        return counted(rows, held_out, config, Collator(int(tokenizer.pad_token_id or 0), config.packing, width, shares))
     if flags.rows is None and not there and Path(config.dataset).suffix:
         raise UsageError(f"--dataset {config.dataset}: no such file; without data pass --rows in its place.")
-    collator = Collator(0, config.packing, width)
+    collator = Collator(0, config.packing, width, shares)
     rows_given = flags.rows or ULTRAFEEDBACK_ROWS
     return estimated(rows_given, flags.prompt_tokens, flags.response_tokens, config, collator)

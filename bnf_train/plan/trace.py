@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from bnf_train.model.attention import NAME, PackedResponses, attention_of
+from bnf_train.model.shared_prompts import SharedPrompts
 from bnf_train.plan.memory import head_bytes
 
 
@@ -40,7 +41,11 @@ def trace(model: PreTrainedModel, batch: dict[str, Any], bf16: bool, checkpointi
     if "cu_seq_lens" in batch and attention_of(model) == NAME:
         names.remove("position_ids")  # from which transformers would make a mask
         own = {"packed_responses": _Causal(batch["cu_seq_lens"].diff().tolist())}
+    if "spans" in batch:
+        own = {"packed_responses": SharedPrompts(batch["spans"].tolist())}
     with weight.fake_mode, (live := Live()):
+        if "spans" in batch:
+            own["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         inputs = own | {k: torch.empty(batch[k].shape, dtype=batch[k].dtype) for k in names if k in batch}
         places = torch.empty(batch["response_positions"].shape, dtype=torch.long)
         for p in model.parameters():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnf_train.config import BNFConfig
-from bnf_train.data import Collator, Response, Row, passes
+from bnf_train.data import Collator, Response, Row, by_prompt, passes, spared
 from bnf_train.objectives import is_per_token
 from bnf_train.plan.size import ModelSize
 
@@ -17,15 +17,19 @@ from bnf_train.plan.size import ModelSize
 class Work:
     """What the work of one pass over some rows depends on."""
 
-    tokens: int  # prompts and responses
+    tokens: int  # prompts and responses, as if each response had a prompt of its own
     response_tokens: int
-    squares: float  # sum over responses of n^2
+    positions: int  # that are computed: a prompt that responses share is one
+    squares: float  # of attention, causal: sum over responses of n^2, less p^2 where a prompt is not computed again
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> "Work":
+    def of(cls, rows: Sequence[Row], batch_size: int = 0) -> "Work":
+        """With prompts shared within `batch_size` rows, those to one prompt behind each other; 0: not at all."""
         responses = [r for row in rows for r in row.responses]
         lengths = [len(r.input_ids) for r in responses]
-        return cls(sum(lengths), sum(r.tokens for r in responses), float(sum(n * n for n in lengths)))
+        saved = spared([rows[at] for group in by_prompt(rows) for at in group], batch_size) if batch_size else []
+        squares = sum(n * n for n in lengths) - sum(p * p for p in saved)
+        return cls(sum(lengths), sum(r.tokens for r in responses), sum(lengths) - sum(saved), float(squares))
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,19 @@ def largest(batches: Iterable[dict[str, Tensor]], config: BNFConfig) -> dict[str
 def counted(rows: Sequence[Row], held_out: Sequence[Row], config: BNFConfig, collator: Collator) -> Data:
     """Real rows; the largest micro-batch is that of an epoch in a seeded order."""
     size = config.per_device_train_batch_size
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    if collator.share_prompts:
+        groups = by_prompt(rows)
+        order = [place for group in torch.randperm(len(groups), generator=generator).tolist() for place in groups[group]]
     batches = (collator([rows[i] for i in order[start : start + size]]) for start in range(0, len(order), size))
-    work = Work.of(rows)
+    work = Work.of(rows, size if collator.share_prompts else 0)
     return Data(
         source="counted",
         rows=len(rows),
         responses=sum(len(row.responses) for row in rows),
         epoch=work,
-        reference=Work.of([*rows, *held_out]),
+        reference=Work.of([*rows, *held_out], config.per_device_eval_batch_size if collator.share_prompts else 0),
         batches=largest(batches, config),
     )
 
@@ -76,8 +84,11 @@ def estimated(rows: int, prompt: int, response: int, config: BNFConfig, collator
     """Pairs of two responses of one length; the largest micro-batch is of responses of --max_length tokens."""
     longest = config.max_length
     n = min(prompt + response, longest)
-    pair = Row("", [Response([0] * longest, max(longest * prompt // (prompt + response), 1), True)] * 2)
-    work = Work(2 * rows * n, 2 * rows * max(n - prompt, 1), 2.0 * rows * n * n)
+    begins = max(longest * prompt // (prompt + response), 1)
+    pair = Row("", [Response([0] * begins + [side] * (longest - begins), begins, True) for side in (0, 1)])
+    saved = min(prompt, n - 1) if collator.share_prompts else 0
+    tokens = 2 * rows * n
+    work = Work(tokens, 2 * rows * max(n - prompt, 1), tokens - rows * saved, rows * (2.0 * n * n - saved * saved))
     return Data(
         source=f"estimated: {rows:,} pairs, prompts of {prompt} tokens, responses of {response}",
         rows=rows,
@@ -93,7 +104,7 @@ def estimated(rows: int, prompt: int, response: int, config: BNFConfig, collator
 
 def backbone_flops(size: ModelSize, work: Work, epochs: float, checkpointing: bool) -> float:
     """6 P N: 2 forward, 4 backward, for each weight of the backbone's products and token; 8 P N where it is recomputed."""
-    return (8 if checkpointing else 6) * size.backbone_linear * work.tokens * epochs
+    return (8 if checkpointing else 6) * size.backbone_linear * work.positions * epochs
 
 
 def attention_flops(size: ModelSize, work: Work, epochs: float, checkpointing: bool) -> float:
@@ -109,7 +120,7 @@ def head_flops(size: ModelSize, work: Work, epochs: float, products: int) -> flo
 def reference_flops(size: ModelSize, work: Work) -> float:
     """2 P N + 2 n^2 + 2 V d, forward only, once."""
     attention = 2 * size.layers * size.attention_width * work.squares
-    return 2 * size.backbone_linear * work.tokens + attention + 2 * size.head * work.response_tokens
+    return 2 * size.backbone_linear * work.positions + attention + 2 * size.head * work.response_tokens
 
 
 def gpu_hours(flops: float, peak_tflops: float, utilization: float) -> float:

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bnf_core import OBJECTIVES, reference, token_log_odds
 from bnf_train.config import BNFConfig
-from bnf_train.data import Collator, Response, Row
+from bnf_train.data import Collator, Response, Row, by_prompt
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse
-from bnf_train.model.attention import attend_varlen, attention_width
+from bnf_train.model.attention import attend_varlen
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import load_model, load_tokenizer
-from bnf_train.model.probe import can_pack, switch_off_dropout
+from bnf_train.model.probe import can_pack, can_share_prompts, switch_off_dropout
 from bnf_train.training.trainer import BNFTrainer
 
 VOCAB = 100
@@ -174,6 +174,7 @@ PADDED = {  # states that run over the whole sequence, positions that are counte
     *("lfm2", "lfm2_moe", "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "openai-gpt", "qwen3_5_text"),
     *("qwen3_next", "recurrent_gemma", "rwkv", "xglm", "xlstm", "zamba", "zamba2"),
 }
+ALONE: set[str] = set()  # attention that is not told which prompt a response goes with
 LENGTHS = ((40, 4), (9, 3), (33, 20), (2, 1), (21, 5))  # of responses with their prompts, and of prompts
 
 
@@ -196,6 +197,16 @@ def some_rows(*lengths: tuple[int, int]) -> list[Row]:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n, _ in lengths]
     return [Row("", [Response(x, k, i % 2 == 0)]) for i, (x, (_, k)) in enumerate(zip(ids, lengths, strict=True))]
+
+
+def with_siblings(rows: list[Row]) -> list[Row]:
+    """Behind each of the first two rows another response to its prompt."""
+    found = []
+    for i, row in enumerate(rows):
+        (of,) = row.responses
+        prompt, own = of.input_ids[: of.prompt_length], of.input_ids[of.prompt_length :]
+        found += [row, Row("", [Response(prompt + own[::-1] + own[:1], of.prompt_length, not of.preferred)])][: 1 + (i < 2)]
+    return found
 
 
 def logits_of(model: PreTrainedModel, response: Response) -> tuple[Tensor, Tensor, Any]:
@@ -229,7 +240,7 @@ def trainer_of(model: PreTrainedModel, config: BNFConfig) -> BNFTrainer:
 
 
 def check_step(plain: PreTrainedModel, config: BNFConfig, rows: list[Row], router: float = 0.0) -> list[str]:
-    """A step's loss and gradient, packed and padded, are the paper's; which of the two there were."""
+    """A step's loss and gradient, padded, packed and behind shared prompts, are the paper's; which of these there were."""
     ours, ref = copy.deepcopy(plain), moved(copy.deepcopy(plain), 0.05)
     expected = paper(plain, ref, rows)
     if router:
@@ -244,9 +255,13 @@ def check_step(plain: PreTrainedModel, config: BNFConfig, rows: list[Row], route
     theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     whole = torch.stack([g.norm() for g in theirs.values()]).norm()
     assert whole > 1e-3
-    for packed in (False, True)[: 1 + packs]:
-        batch = Collator(1, packed, attention_width(ours))(rows)
-        assert packed == ("cu_seq_lens" in batch)
+    shares = packs and can_share_prompts(ours, rows, torch.device("cpu"))
+    kinds = {"padded": Collator(1), "packed": Collator(1, True), "shared": Collator(1, True, share_prompts=True)}
+    kinds = dict(list(kinds.items())[: 1 + packs + shares])
+    for kind, collator in kinds.items():
+        batch = collator(rows)
+        assert (kind == "padded") == ("attention_mask" in batch)
+        assert (kind == "shared" and by_prompt(rows) != [[i] for i in range(len(rows))]) == ("spans" in batch)
         ours.train().zero_grad()
         loss = trainer.compute_loss(ours, batch)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
@@ -255,13 +270,15 @@ def check_step(plain: PreTrainedModel, config: BNFConfig, rows: list[Row], route
             wanted = theirs.get(name, torch.zeros(()))
             error = (wanted if parameter.grad is None else parameter.grad - wanted).norm()
             assert error <= 2e-3 * wanted.norm() + 1e-4 * whole, f"{name}: off by {error:.2g} of {wanted.norm():.2g}"
-    return ["padded", "packed"][: 1 + packs]
+    return list(kinds)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_is_the_papers(name: str, config: BNFConfig) -> None:
-    how = check_step(tiny(name), config, some_rows(*LENGTHS), ARCHITECTURES[name].get("router_aux_loss_coef", 0.0))
-    assert how == ["padded"] + ["packed"] * (name not in PADDED)
+    how = check_step(
+        tiny(name), config, with_siblings(some_rows(*LENGTHS)), ARCHITECTURES[name].get("router_aux_loss_coef", 0.0)
+    )
+    assert how == ["padded"] + ["packed"] * (name not in PADDED) + ["shared"] * (name not in PADDED | ALONE)
 
 
 # --- what depends on more than the response ------------------------------------------------------------------------------
