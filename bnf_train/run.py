@@ -175,9 +175,9 @@ def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> t
             console.print(f"{name}: its {', '.join(dropped)} switched off, so that policy and reference are one function.")
         batch_size = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
         packed = can_pack(model, rows.train + rows.held_out, batch_size, config.packing, config.device)
+        shared = config.share_prompts and packed and can_share_prompts(model, rows.train + rows.held_out, config.device)
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
-    shared = config.share_prompts and packed and can_share_prompts(model, rows.train + rows.held_out, config.device)
     if flag == "--model":
         _say_what_is_shared(config, rows.train, shared, packed, console)
     if config.torch_compile:

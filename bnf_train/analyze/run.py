@@ -14,12 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bnf_train import data
 from bnf_train.analyze.figures import METRICS
 from bnf_train.analyze.shifts import Sample, Scores, bins, report_of, scores, shifts
-from bnf_train.data import Response
+from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
+from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.generate import generate
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_tokenizer
 from bnf_train.model.lora import base_of, errors_about, load_merged
+from bnf_train.model.probe import can_pack, can_share_prompts
 
 
 def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -42,11 +44,17 @@ def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
         """Its greedy responses, or those given, and its scores of them, or of `samples` if there are any."""
         model = load_merged(path, flag, flags.trust_remote_code).to(device).eval()
         mine = greedy(model, given, tokenizer, device, autocast, flags) if flags.greedy else given
+        attend_varlen(model)
         attach_log_odds_head(model)
         # the data's own responses are one sample for all models: scored once
         distinct = {id(sample): sample for sample in (samples or {"": mine}).values()}
-        options = int(tokenizer.pad_token_id), device, autocast, flags.batch_size
-        scored = {key: scores(model, sample, *options) for key, sample in distinct.items()}
+        scored = {}
+        for key, sample in distinct.items():
+            rows = [Row("", [response]) for response in sample.responses]
+            packed = can_pack(model, rows, flags.batch_size, True, device)
+            shared = packed and can_share_prompts(model, rows, device)
+            collator = Collator(int(tokenizer.pad_token_id), packed, attention_width(model), shared)
+            scored[key] = scores(model, sample, collator, device, autocast, flags.batch_size)
         return mine, {name: scored[id(sample)] for name, sample in (samples or {"": mine}).items()}
 
     samples, policies = {}, {}

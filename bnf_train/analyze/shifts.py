@@ -36,7 +36,7 @@ class Scores:
 
 
 def scores(
-    model: Any, sample: Sample, pad_token_id: int, device: torch.device, autocast: torch.dtype | None, batch_size: int
+    model: Any, sample: Sample, collator: Collator, device: torch.device, autocast: torch.dtype | None, batch_size: int
 ) -> Scores:
     """Log-odds and target logits of every response token, from the same hidden states. `model` has the log-odds head.
 
@@ -45,12 +45,11 @@ def scores(
     Raises:
       UsageError: NaN or infinite log-odds.
     """
-    places = longest_first([len(r.input_ids) for r in sample.responses], batch_size)
+    prompts = [tuple(r.input_ids[: r.prompt_length]) for r in sample.responses] if collator.share_prompts else ()
+    places = longest_first([len(r.input_ids) for r in sample.responses], batch_size, prompts)
     batches = [[sample.responses[i] for i in batch] for batch in places]
     with tqdm(total=len(sample.responses), desc="log-odds", leave=False, disable=None) as bar:
-        scored = score(
-            model, batches, Collator(pad_token_id), device, autocast, logits=True, done=lambda batch: bar.update(len(batch))
-        )
+        scored = score(model, batches, collator, device, autocast, logits=True, done=lambda batch: bar.update(len(batch)))
     values = dict(zip(itertools.chain.from_iterable(places), scored, strict=True))
     log_odds = [values[i].log_odds for i in range(len(values))]
     logits = [z for i in range(len(values)) if (z := values[i].logits) is not None]

@@ -1,6 +1,6 @@
 """What a model with the log-odds head says of responses: the one loop of forward passes outside training."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +74,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def longest_first(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Places in `lengths`, in batches of about one length."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def longest_first(lengths: Sequence[int], batch_size: int, together: Sequence[Hashable] = ()) -> list[list[int]]:
+    """Places in `lengths`, in batches of about one length; equal ones of `together` in the place of the longest of them.
+
+    >>> longest_first([3, 9, 5, 4], 2), longest_first([3, 9, 5, 4], 2, "abba")
+    ([[1, 2], [3, 0]], [[1, 2], [3, 0]])
+    """
+    keys = together or range(len(lengths))
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    longest = dict(sorted(zip(keys, lengths, strict=True), key=lambda x: x[1]))
+    order = sorted(range(len(lengths)), key=lambda i: (-longest[keys[i]], first[keys[i]], -lengths[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

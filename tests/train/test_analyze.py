@@ -19,7 +19,7 @@ from bnf_train.analyze import figures as analyze_figures
 from bnf_train.analyze import run as analyze_run
 from bnf_train.analyze.figures import METRICS
 from bnf_train.analyze.shifts import Sample, scores, shifts
-from bnf_train.data import Response
+from bnf_train.data import Collator, Response
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.lora import load_merged
 
@@ -117,7 +117,7 @@ def test_token_shifts_are_those_of_full_logits(model_folder: Path, policy: Path,
         model = load_merged(str(folder), "--policy").eval()
         expected.append(torch.cat([by_hand(model, r.input_ids, r.prompt_length)[0] for r in responses]))
         attach_log_odds_head(model)
-        scored.append(scores(model, sample, tokenizer.pad_token_id, torch.device("cpu"), None, 2))
+        scored.append(scores(model, sample, Collator(tokenizer.pad_token_id), torch.device("cpu"), None, 2))
         assert not model.get_output_embeddings()._forward_pre_hooks  # the hook is gone
     _, token_shifts = shifts(sample, *scored)
     torch.testing.assert_close(token_shifts.double(), expected[0] - expected[1], rtol=1e-4, atol=1e-5)

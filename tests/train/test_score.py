@@ -112,6 +112,8 @@ def test_a_seed_draws_the_same_again_and_leaves_the_state_alone(tokenizer: Any) 
 def test_longest_first() -> None:
     assert longest_first([3, 9, 1, 9, 5], 2) == [[1, 3], [4, 0], [2]]
     assert longest_first([], 2) == []
+    assert longest_first([3, 9, 1, 5, 8], 2, ["a", "b", "c", "a", "b"]) == [[1, 4], [3, 0], [2]]
+    assert longest_first([3, 9, 1, 5], 2, ["a", "c", "c", "b"]) == [[1, 2], [3, 0]]
 
 
 def test_the_worked_batch() -> None:
