@@ -346,26 +346,17 @@ def test_dropout_is_switched_off_and_named(config: BNFConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "neftune", "message"),
-    [
-        ("gpt2", None, "look for dropout"),
-        ("phimoe", None, "routers in its code"),
-        ("llama", 5.0, "--neftune_noise_alpha 5 adds"),
-    ],
+    ("name", "message"), [("gpt2", "look for dropout"), ("phimoe", "routers in its code"), ("llama", "differ")]
 )
-def test_a_policy_that_is_another_function_in_training_mode_is_refused(
-    name: str, neftune: float | None, message: str, config: BNFConfig
-) -> None:
+def test_a_policy_that_is_another_function_in_training_mode_is_refused(name: str, message: str, config: BNFConfig) -> None:
     model = tiny(name, router_jitter_noise=0.5)  # PhiMoE draws among experts that are this close
     rows = some_rows(*LENGTHS)
     paper(model, moved(copy.deepcopy(model), 0.05), rows)
     attach_log_odds_head(model)
     if name != "gpt2":
         switch_off_dropout(model)
-    config = copy.copy(config)
-    config.neftune_noise_alpha = neftune
     trainer = trainer_of(model, config)
-    if neftune:
+    if name == "llama":
         model.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output + torch.rand_like(output) if module.training else None
         )
