@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import NAME, attention_of
+from bnf_train.model.head import router_loss_coefficient
 from bnf_train.model.score import score
 
 # the mean over a response's tokens, in nats: of single tokens an expert that was chosen narrowly may make more
@@ -66,7 +67,7 @@ def can_share_prompts(model: PreTrainedModel, rows: Sequence[Row], device: torch
     On the longest and the shortest response of the data, each beside one that goes on otherwise from its middle. Costs a
     forward pass of each and one of all; to be asked where `can_pack` says yes.
     """
-    if attention_of(model) != NAME:
+    if attention_of(model) != NAME or router_loss_coefficient(model):  # a router loss counts each prompt that is computed
         return False
     ids = sorted((r.input_ids for row in rows for r in row.responses if len(r.input_ids) > 3), key=len)
     if not ids:

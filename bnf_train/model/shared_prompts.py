@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -38,13 +39,16 @@ class SharedPrompts:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
         """Attention (1, tokens, heads, dim) of query, key and value (1, heads, tokens, dim), as transformers takes it."""
+        dim = value.shape[-1]
+        if dim < query.shape[-1]:  # DeepSeek's; the kernels want one width
+            value = F.pad(value, (0, query.shape[-1] - dim))
         if query.device.type == "cpu":
             own, shared = self._once((window, query.dtype), lambda: pieces(self.spans, window, query))
             output: Tensor = SharedPromptAttention.apply(query, key, value, own, shared, scale)
         else:
             mask = self._once(window, lambda: block_mask(self.spans, window, query.device))
             output = flex(query, key, value, mask, scale)
-        return output.transpose(1, 2).contiguous()
+        return output[..., :dim].transpose(1, 2).contiguous()
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._made:

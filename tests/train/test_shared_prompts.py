@@ -66,6 +66,7 @@ def test_attention_behind_a_prompt(dtype: torch.dtype, tolerance: float, window:
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.child  # flex attention compiles itself
 @pytest.mark.parametrize("window", [None, 7, 20])
 def test_a_gpus_mask_is_the_same(window: int | None) -> None:
     """Flex attention's, uncompiled: its forward pass is all that it has on a CPU."""
@@ -82,7 +83,7 @@ def test_a_gpus_mask_is_the_same(window: int | None) -> None:
 def test_nothing_of_the_packs_square_is_held() -> None:
     """Without a window no mask at all, and all responses to a prompt attend to it in one product."""
     own, shared = pieces(spans_of([(100, [50] * 8), (30, [20, 20])]), None, torch.zeros(()))
-    assert [piece.mask for piece in own + shared] == [None] * 12
+    assert [piece.mask for piece in own + shared] == [None] * 14
     assert [(p.queries, p.keys) for p in shared] == [(slice(100, 500), slice(0, 100)), (slice(530, 570), slice(500, 530))]
 
 
@@ -219,6 +220,7 @@ def trainer_of(folder: Path, rows: list[dict[str, Any]], objective: str, share: 
     for row in data:  # a reference that is not the policy, so that w is not 1
         for response in row.responses:
             response.ref_log_odds += 0.5  # type: ignore[operator]
+    torch.manual_seed(0)  # of an adapter
     return BNFTrainer(
         model=add_lora(model, config),
         args=config,
@@ -278,5 +280,7 @@ def test_a_model_that_cannot_is_found_out() -> None:
     eager.set_attn_implementation("eager")
     assert not can_share_prompts(eager, ROWS, CPU)
     counting = copy.deepcopy(model)
-    counting.transformer.wpe.register_forward_hook(lambda layer, args, out: out + torch.arange(out.shape[-2])[:, None] / 10)
+    counting.transformer.wpe.register_forward_hook(
+        lambda layer, args, out: out * (1 + torch.arange(out.shape[-2])[:, None] / 10)
+    )
     assert not can_share_prompts(counting, ROWS, CPU)
