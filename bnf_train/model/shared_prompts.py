@@ -39,10 +39,12 @@ class SharedPrompts:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
         """Attention (1, tokens, heads, dim) of query, key and value (1, heads, tokens, dim), as transformers takes it."""
-        dim = value.shape[-1]
+        device, dim = query.device.type, value.shape[-1]
+        if torch.is_autocast_enabled(device):  # as it does for PyTorch's own attention
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         if dim < query.shape[-1]:  # DeepSeek's; the kernels want one width
             value = F.pad(value, (0, query.shape[-1] - dim))
-        if query.device.type == "cpu":
+        if device == "cpu":
             own, shared = self._once((window, query.dtype), lambda: pieces(self.spans, window, query))
             output: Tensor = SharedPromptAttention.apply(query, key, value, own, shared, scale)
         else:
@@ -107,7 +109,7 @@ class SharedPromptAttention(torch.autograd.Function):
     """softmax(scale q k^T) v over what each token sees; q (1, heads, tokens, dim), k and v with as many heads or fewer."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, own: list[Piece], shared: list[Piece], scale: float | None
     ) -> Tensor:
         output = torch.empty_like(q)
@@ -119,7 +121,7 @@ class SharedPromptAttention(torch.autograd.Function):
             over_prompt, lse_prompt = attend(q[:, :, at], k[:, :, keys], v[:, :, keys], attn_mask=mask, scale=scale)
             both = torch.logaddexp(lse[:, :, at], lse_prompt)
             parts = [(output[:, :, at], lse[:, :, at]), (over_prompt, lse_prompt)]
-            output[:, :, at] = sum(part * (s - both).exp().unsqueeze(-1) for part, s in parts).to(q.dtype)  # type: ignore[union-attr]
+            output[:, :, at] = sum(part * (s - both).exp().unsqueeze(-1) for part, s in parts).to(q.dtype)
             lse[:, :, at] = both
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.pieces, ctx.scale = (own, shared), scale

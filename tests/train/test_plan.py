@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from bnf_train import demo
 from bnf_train.data import model_inputs, packed
+from bnf_train.data.collate import packed_behind_prompts
 from bnf_train.model.attention import attend_varlen
 from bnf_train.plan import __main__ as plan
 from bnf_train.plan import estimate, memory, size, trace, work
@@ -90,7 +91,12 @@ def test_counts_real_tokens_and_multiplies_by_hand(
     assert (data["source"], data["rows"], data["responses"], result["steps"]) == ("counted", 8, 16, 4)
     responses = sum(len(row[side]) + 1 for row in PAIRS for side in ("chosen", "rejected"))  # a byte a token, end of turn
     assert data["response_tokens"] == responses
-    assert result["flops"]["backbone"] == 6 * linear * data["tokens"] * 2
+    # what both sides begin with is computed once: 33 tokens of the prompt, and the "I" of "It is" and "I do not know"
+    shared = 33 + 1
+    assert data["tokens"] - data["computed"] == 8 * shared
+    assert result["flops"]["backbone"] == 6 * linear * data["computed"] * 2
+    squares = sum((33 + len(row[side]) + 1) ** 2 for row in PAIRS for side in ("chosen", "rejected")) - 8 * shared**2
+    assert result["flops"]["attention"] == 6 * layers * dim * squares * 2
     assert result["flops"]["head"] == 3 * 2 * vocab * dim * responses * 2
     assert result["gpu_hours"] == pytest.approx(result["flops"]["total"] / 0.5e12 / 3600)
     for line in result["gpu_memory"] + result["cpu_memory"]:
@@ -101,10 +107,11 @@ def test_counts_real_tokens_and_multiplies_by_hand(
 
 PADDED = {"input_ids": torch.zeros(3, 50, dtype=torch.long), "attention_mask": torch.ones(3, 50, dtype=torch.long).tril(40)}
 PACKED = packed([torch.zeros(n, dtype=torch.long) for n in (41, 42, 50)])
+SHARED, _ = packed_behind_prompts([torch.zeros(n, dtype=torch.long) for n in (41, 42, 50)], [30, 30, 30])
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("batch", [PADDED, PACKED, SHARED], ids=["padded", "packed", "shared"])
 def test_traced_memory_is_what_autograd_saves(batch: dict[str, Any], model_folder: Path, bf16: bool) -> None:
     traced = trace.trace(size.build(str(model_folder), False), batch | {"response_positions": torch.arange(9)}, bf16, False)
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()

@@ -251,6 +251,7 @@ SINGLES = [
         (SINGLES, "kto", ("--tokens_per_pass", "90")),
         (PAIRS, "bnf", ("--use_peft", "--lora_r", "4", "--lora_modules_to_save", "lm_head")),
         (PAIRS, "bnf", ("--gradient_checkpointing",)),
+        (PAIRS, "bnf", ("--bf16", "true")),
         pytest.param(PAIRS, "bnf", ("--torch_compile",), marks=pytest.mark.child),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else x if isinstance(x, str) else f"{len(x)} rows",
@@ -267,9 +268,10 @@ def test_a_step_is_the_one_with_a_prompt_each(
         assert share == (log["positions_per_second"] < 0.99 * log["tokens_per_second"])
         found.append((log["loss"], {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}))
     (alone, expected), (shared, weights) = found
-    assert shared == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    digits = 1e-5 if "--bf16" not in flags else 3e-2
+    assert shared == pytest.approx(alone, rel=digits, abs=digits)
     for name, weight in expected.items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=2e-5, msg=name)
+        torch.testing.assert_close(weights[name], weight, rtol=digits, atol=2 * digits, msg=name)
 
 
 def test_a_model_that_cannot_is_found_out() -> None:
