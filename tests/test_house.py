@@ -47,7 +47,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/report": ["config", "data", "demo", "model", "training"],
     "bnf_train/run": ["cli", "config", "data", "demo", "errors", "model", "objectives", "report", "training"],
     "bnf_train/__main__": ["cli", "flags", "options", "run"],
-    "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "run"],
+    "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "run", "training"],
     "bnf_train/compare": ["cli", "config", "data", "demo", "errors", "flags", "model", "run", "training"],
     "bnf_train/analyze": ["cli", "data", "errors", "model"],
     "bnf_train/plan": ["cli", "config", "data", "errors", "flags", "model", "objectives"],
@@ -77,6 +77,8 @@ PRIVATE: dict[str, list[str]] = {
     "_subclasses": ["bnf_train/plan/size.py"],  # torch: tensors without memory
     "_option_string_actions": ["bnf_train/cli.py", "bnf_train/flags.py"],  # argparse has no other way to list flags
     "_actions": ["bnf_train/cli.py", "bnf_train/flags.py"],
+    "_scaled_dot_product_flash_attention_for_cpu": ["bnf_train/model/shared_prompts.py"],  # torch: attention with its logsumexp
+    "_scaled_dot_product_flash_attention_for_cpu_backward": ["bnf_train/model/shared_prompts.py"],
     "_attn_implementation": ["bnf_train/model/attention.py"],  # transformers
     "_no_split_modules": ["bnf_train/training/distributed.py"],
     "_compiled_call_impl": ["bnf_train/training/reference_cache.py"],

@@ -80,7 +80,7 @@ def test_the_peak_is_that_of_the_dtype_asked_for() -> None:
     ("arguments", "words"),
     [
         ([], "--model and --dataset are needed"),
-        (["--model", "m", "--dataset", "d", "--only", "sft"], "--only sft: expected some of bnf_train, bare"),
+        (["--model", "m", "--dataset", "d", "--only", "sft"], "--only sft: expected some of bnf_train, bnf_train_apart, bare"),
         (["--model", "m", "--dataset", "nowhere.jsonl"], "--dataset nowhere.jsonl: no such file"),
     ],
 )

@@ -355,7 +355,7 @@ def test_a_batch_holds_what_counts() -> None:
 def test_the_reference_is_kept_by_which_tokens_count() -> None:
     weights = (None, [1.0, 1.0], [1.0, 0.5], [0.0, 1.0], [0.0, 3.0])
     responses = [Response([5, 6, 7], 1, True, weights=w) for w in weights]
-    groups = _by_content([Row("", responses)])
+    groups = _by_content([Row("", responses)], False)
     assert [[r.weights for r in group] for group in groups] == [list(weights[:3]), list(weights[3:])]
     assert [list(_left_out(r)) for r in responses] == [[], [], [], [-2], [-2]]
 
