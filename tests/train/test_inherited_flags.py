@@ -85,6 +85,7 @@ MOVES: dict[str, dict[str, str]] = {
     "gradient_accumulation_steps": {"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"},
 }
 BY_ROUNDING = (
+    "share_prompts",
     "per_device_eval_batch_size",
     "packing",
     "tokens_per_pass",

@@ -202,7 +202,7 @@ DIFFERENCES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "template": lambda _: {"template": "{{ messages }}"},
     "autocast": lambda _: {"autocast": torch.bfloat16},
     "packed": lambda _: {"collator": Collator(0, True)},
-    "prompts": lambda _: {"collator": Collator(0, True, share_prompts=True)},
+    "packed, prompts shared": lambda _: {"collator": Collator(0, True, share_prompts=True)},
     "float32_products": lambda _: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16") or {},
     "torch": lambda m: versions(torch, m) or {},
     "transformers": lambda m: versions(reference_cache.transformers, m) or {},
