@@ -77,15 +77,14 @@ MOVES: dict[str, dict[str, str]] = {
         **{"metric_for_best_model": "tokens/preferred", "load_best_model_at_end": "true"},  # the first of equals
     },
     "train_sampling_strategy": {"train_sampling_strategy": "sequential"},
+    "share_prompts": {"share_prompts": "false"},  # rows with one prompt are not kept together
     "packing": {"packing": "false"},  # by rounding, as those below
-    "share_prompts": {"share_prompts": "false"},
     "tokens_per_pass": {"tokens_per_pass": "60"},
     "per_device_train_batch_size": {"per_device_train_batch_size": "1"},
     "per_device_eval_batch_size": {"per_device_eval_batch_size": "1"},  # of the reference's pass, too
     "gradient_accumulation_steps": {"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"},
 }
 BY_ROUNDING = (
-    "share_prompts",
     "per_device_eval_batch_size",
     "packing",
     "tokens_per_pass",
@@ -354,10 +353,7 @@ def test_trying_draws_no_random_number_and_takes_what_is_there() -> None:
 def test_a_resumed_run_is_the_same_or_refused(
     run: Run, base: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every flag that moves the weights, but for what only rounds or is longer, is named with both values.
-
-    Without shared prompts single rows come in another order.
-    """
+    """Every flag that moves the weights, but for what only rounds or is longer, is named with both values."""
     run(save_strategy="steps", save_steps="2")
     kept = tmp_path / "kept"
     shutil.copytree(tmp_path / "out" / "checkpoint-2", kept / "checkpoint-2")
@@ -366,7 +362,7 @@ def test_a_resumed_run_is_the_same_or_refused(
         config = parse([*NOWHERE, *(part for pair in (BASE | flags).items() for part in (f"--{pair[0]}", pair[1]) if part)])
         now = then | {n: v for n, v in json.loads(config.to_json_string()).items() if n in flags}
         said: list[str] = []
-        if name in (*BY_ROUNDING[1:], "num_train_epochs", "max_steps", "load_best_model_at_end"):
+        if name in (*BY_ROUNDING, "num_train_epochs", "max_steps", "load_best_model_at_end"):
             checkpoint.check_same_run(kept / "checkpoint-2", now, said.append)
             assert bool(said) == (name in ("num_train_epochs", "max_steps")), name
         else:
