@@ -127,7 +127,9 @@ class BNFTrainer(ResumeMixin, Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         if model.training and not self._same_in_both_modes:
-            self._check_modes(model, inputs)
+            self._same_in_both_modes = True
+            if not self.starts_at_reference:  # else the step itself is compared with the reference, in evaluation mode
+                self._check_modes(model, inputs)
         count = num_items_in_batch if num_items_in_batch is not None else self._losses_in(inputs)
         # gradients are averaged over processes, and the mean is over the losses of all of them
         scale = (self.accelerator.num_processes if model.training else 1) / count
@@ -183,8 +185,8 @@ class BNFTrainer(ResumeMixin, Trainer):
         if mean > most:  # NaN is for the check of the loss, which names the rows
             raise UsageError(
                 f"before the first step the mean |w - 1| is {mean:.2g}, more than the {most:g} that noise explains: "
-                "policy and reference are not the same model; look for a reference cache of other weights, or another "
-                "attention implementation or dtype."
+                "policy and reference are not the same model in the same mode; look for random numbers in its code, a reference "
+                "cache of other weights, or another attention implementation or dtype."
             )
 
     def _check_modes(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -192,7 +194,6 @@ class BNFTrainer(ResumeMixin, Trainer):
 
         Not for adapters that go on, whose own dropout (--lora_dropout) is meant; a new one is 0 whatever it drops.
         """
-        self._same_in_both_modes = True
         if self.state.global_step > 0 and getattr(self.args, "lora_dropout", 0):
             return
         random = torch.get_rng_state()

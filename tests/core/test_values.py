@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bnf_core import OBJECTIVES, TokenBatch, bnf, reference
+from bnf_core import OBJECTIVES, TokenBatch, bnf, reference, token_log_odds
 
 # pi(y_w) = 0.5 * 0.8 over two tokens, pi(y_l) = 0.1 over one; the reference has 0.5 everywhere
 LOG_ODDS = torch.logit(torch.tensor([0.5, 0.8, 0.1], dtype=torch.float64))
@@ -98,3 +98,9 @@ def test_constants_of_the_gradient_are_constants() -> None:
     point = torch.tensor(0.3, requires_grad=True)
     OBJECTIVES["kto"](log_odds, batch, z0=point).sum().backward()
     assert point.grad is None
+
+
+def test_the_only_token_of_a_vocabulary_is_certain() -> None:
+    log_odds, entropy = token_log_odds(torch.zeros(2, 1), torch.tensor([0, 0]))
+    assert log_odds.tolist() == [math.inf, math.inf]
+    assert entropy.tolist() == [0, 0]
