@@ -185,8 +185,8 @@ class BNFTrainer(ResumeMixin, Trainer):
         if mean > most:  # NaN is for the check of the loss, which names the rows
             raise UsageError(
                 f"before the first step the mean |w - 1| is {mean:.2g}, more than the {most:g} that noise explains: "
-                "policy and reference are not the same model in the same mode; look for random numbers in its code, a reference "
-                "cache of other weights, or another attention implementation or dtype."
+                "policy and reference are not the same model in the same mode; look for random numbers in its code, a cache of "
+                "another reference, or another attention implementation or dtype."
             )
 
     def _check_modes(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
