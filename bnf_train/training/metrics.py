@@ -136,6 +136,7 @@ class Metric:
 LOSS = Panel("Loss (eq. 4)", main=1)
 RATIO = Panel("Likelihood ratio π / π_ref", log=True, axis="median, 10 to 90 %")
 REWARDS = Panel("Rewards")
+SPEED = Panel("Speed")
 
 # rows are shown in this order
 METRICS: tuple[Metric, ...] = (
@@ -207,9 +208,10 @@ METRICS: tuple[Metric, ...] = (
     # WeightsMoved
     Metric(
         "tokens_per_second", unit="tokens per second", training=True,
-        panel=Panel("Speed"), tile=Shown("training tokens per second", ",.0f"),
+        panel=SPEED, line="tokens", tile=Shown("training tokens per second", ",.0f"),
     ),
-    Metric("positions_per_second", unit="positions per second", training=True),  # a prompt that responses share is one
+    # a prompt that responses share is computed once
+    Metric("positions_per_second", unit="tokens per second", training=True, panel=SPEED, line="positions computed"),
     Metric("bnf/start_weight_error", training=True),
     Metric("bnf/weights_moved", training=True),
 )  # fmt: skip
