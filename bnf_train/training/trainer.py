@@ -256,7 +256,8 @@ class BNFTrainer(ResumeMixin, Trainer):
         if not isinstance(sampler, RandomSampler):
             return sampler
         rows = len(self.train_dataset) - self._empty_rows
-        shares = getattr(self.data_collator, "share_prompts", False)
+        # by the flag alone: where a model cannot share, the order is that of where it can
+        shares = getattr(self.args, "share_prompts", False)
         groups = by_prompt(self.train_dataset[:rows]) if shares else [[place] for place in range(rows)]
         if len(groups) == rows and not self._empty_rows:
             return sampler

@@ -228,7 +228,8 @@ def test_llama_3_8b_by_its_configuration_alone(tmp_path: Path, capsys: pytest.Ca
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
     assert result["parameters"]["backbone_linear"] == linear
     assert result["data"]["tokens"] == 60_000 * 2 * 600
-    assert result["flops"]["backbone"] == 6 * linear * 60_000 * 2 * 600
+    assert result["data"]["computed"] == 60_000 * (200 + 2 * 400)  # both sides share the prompt
+    assert result["flops"]["backbone"] == 6 * linear * 60_000 * (200 + 2 * 400)
     assert result["steps"] == math.ceil(60_000 / 128)
     assert result["gpu_hours"] == pytest.approx(result["flops"]["total"] / (312e12 * 0.4) / 3600)
     assert result["paper_gpu_hours"] == 40
