@@ -86,7 +86,7 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
         accumulate = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1 if accumulate is None else accumulate
         super().__post_init__()
-        inherited.check_accelerator(self.accelerator_config)
+        inherited.check_together(self)
         self._set_accumulation(accumulate)
 
     def template_options(self) -> dict[str, Any]:
@@ -101,6 +101,7 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
     def _check(self) -> None:
         """Raises UsageError for what transformers does not check."""
         defaults = {name: _THEIRS[name].default for name in inherited.REFUSED if _THEIRS[name].default is not MISSING}
+        inherited.check_values(self)
         inherited.check({name: value for name, value in vars(self).items() if value != defaults.get(name, [])})
         if self.dataset is None:
             known = ", ".join(name for name in PRESETS if name != str(demo.MODEL))

@@ -7,7 +7,8 @@ of them, each in exactly one list).
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
 
 from bnf_train.errors import UsageError
 
@@ -71,10 +72,54 @@ def check(given: Mapping[str, Any]) -> None:
             raise UsageError(f"--{name} {given[name]}: {why}.")
 
 
-def check_accelerator(config: AcceleratorConfig) -> None:
-    """Raises UsageError for a value of --accelerator_config that would deal rows out, or count them, in another way."""
+def check_values(config: TrainingArguments) -> None:
+    """Raises UsageError for values that transformers takes as they come, and that mean nothing, or another run.
+
+    To be called before it has looked at them.
+    """
+    for name, good, expected in (
+        ("max_grad_norm", config.max_grad_norm >= 0, "a limit, or 0 for none"),  # below 0 the gradient would turn round
+        ("weight_decay", config.weight_decay >= 0, "a number that is not negative"),
+        ("num_train_epochs", config.num_train_epochs > 0, "more than 0"),
+        ("max_steps", config.max_steps == -1 or config.max_steps >= 1, "at least 1, or -1 for as many as the epochs have"),
+        ("seed", 0 <= config.seed < 2**32, "a number from 0 to 2^32 - 1"),
+        ("data_seed", 0 <= (config.data_seed or 0) < 2**32, "a number from 0 to 2^32 - 1"),
+        ("save_steps", config.save_steps > 0, "a number of steps, or a share of them below 1"),
+        ("eval_steps", config.eval_steps is None or config.eval_steps > 0, "a number of steps, or a share of them below 1"),
+        ("eval_delay", config.eval_delay >= 0, "a number of epochs or steps"),
+        ("save_total_limit", config.save_total_limit is None or config.save_total_limit >= 1, "at least 1"),
+        (
+            "eval_accumulation_steps",
+            config.eval_accumulation_steps is None or config.eval_accumulation_steps >= 1,
+            "at least 1",
+        ),
+        ("dataloader_num_workers", config.dataloader_num_workers >= 0, "a number of processes, or 0"),
+        ("ddp_timeout", config.ddp_timeout > 0, "a number of seconds"),
+    ):
+        if not good:
+            raise UsageError(f"--{name}: expected {expected}, got {getattr(config, name)}.")
+    workers = "--dataloader_num_workers of at least 1", config.dataloader_num_workers > 0
+    for name, needs, there in (
+        ("dataloader_persistent_workers", *workers),
+        ("dataloader_multiprocessing_context", *workers),
+        ("fsdp_config", "--fsdp", bool(config.fsdp)),
+        ("deepspeed", "the package deepspeed, which is not installed", is_deepspeed_available()),
+    ):
+        if getattr(config, name) and not there:
+            raise UsageError(f"--{name}: needs {needs}; add it, or leave this out.")
+
+
+def check_together(config: TrainingArguments) -> None:
+    """Raises UsageError for what can be told once transformers has looked: the number of processes, --accelerator_config.
+
+    A value of the latter is refused that would deal rows out, or count them, in another way.
+    """
+    if config.fsdp and config.world_size == 1:
+        raise UsageError("--fsdp: there is one process, which has all weights; start several (accelerate launch, torchrun).")
+    if config.save_strategy == "best" and (config.metric_for_best_model is None or config.eval_strategy == "no"):
+        raise UsageError("--save_strategy best: needs --metric_for_best_model and --eval_strategy steps or epoch.")
     for key, possible in ACCELERATOR.items():
-        if (value := getattr(config, key)) not in possible:
+        if (value := getattr(config.accelerator_config, key)) not in possible:
             raise UsageError(
                 f"--accelerator_config: {key} {value} would give processes other rows, or count them in another way; "
                 "leave that key out."

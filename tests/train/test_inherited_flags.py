@@ -15,6 +15,7 @@ import torch
 from conftest import CHAT_TEMPLATE
 from preference_rows import PAIRS
 from safetensors.torch import load_file
+from transformers.integrations import is_deepspeed_available
 
 from bnf_train import report
 from bnf_train.__main__ import main
@@ -283,6 +284,42 @@ def test_a_refused_flag_at_its_default_is_none(name: str) -> None:
     default = BNFConfig.__dataclass_fields__[name].default
     if isinstance(default, (bool, int, float, str)) and name != "do_train":
         parse([*NOWHERE, f"--{name}", str(default)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--max_grad_norm -1", "--max_grad_norm: expected a limit, or 0 for none, got -1"),
+        ("--weight_decay -1", "--weight_decay: expected a number that is not negative"),
+        ("--num_train_epochs 0", "--num_train_epochs: expected more than 0"),
+        ("--max_steps 0", "--max_steps: expected at least 1, or -1"),
+        ("--seed -1", "--seed: expected a number from 0"),
+        ("--data_seed -1", "--data_seed: expected a number from 0"),
+        ("--save_steps 0", "--save_steps: expected a number of steps"),
+        ("--eval_strategy steps --eval_steps 0", "--eval_steps: expected a number of steps"),
+        ("--eval_delay -1", "--eval_delay: expected"),
+        ("--save_total_limit 0", "--save_total_limit: expected at least 1"),
+        ("--eval_accumulation_steps 0", "--eval_accumulation_steps: expected at least 1"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers: expected a number of processes"),
+        ("--ddp_timeout -1", "--ddp_timeout: expected a number of seconds"),
+        ("--dataloader_persistent_workers", "--dataloader_persistent_workers: needs --dataloader_num_workers"),
+        ("--dataloader_multiprocessing_context spawn", "--dataloader_multiprocessing_context: needs --dataloader_num_workers"),
+        ("--dataloader_prefetch_factor 3", "--dataloader_prefetch_factor can only be set when"),
+        ('--fsdp_config {"min_num_params":1}', "--fsdp_config: needs --fsdp"),
+        ("--fsdp full_shard", "--fsdp: there is one process"),
+        ("--save_strategy best", "--save_strategy best: needs --metric_for_best_model"),
+        ("--save_strategy best --metric_for_best_model loss", "--save_strategy best: needs --metric_for_best_model and --eval"),
+        pytest.param(
+            '--deepspeed {"zero_optimization":{"stage":3}}',
+            "--deepspeed: needs the package deepspeed",
+            marks=pytest.mark.skipif(is_deepspeed_available(), reason="it is installed"),
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_one_sentence(flags: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        parse([*NOWHERE, *flags.split()])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("key", "possible"), ACCELERATOR.items())
