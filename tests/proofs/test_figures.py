@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import plot_collapse  # type: ignore[import-not-found]
+import plot_digits  # type: ignore[import-not-found]
 import plot_epsilon  # type: ignore[import-not-found]
 import plot_feedback_curve as script  # type: ignore[import-not-found]
 import plot_math_pair  # type: ignore[import-not-found]
@@ -49,3 +50,13 @@ def test_epsilon(tmp_path: Path) -> None:
     worst = plot_epsilon.draw(tmp_path / "figure.png")
     assert is_png(tmp_path / "figure.png")
     assert all(0.9 < error <= 1.1 for error in worst.values())
+
+
+def test_digits(tmp_path: Path) -> None:
+    """From log-probabilities about 1e-6 / (1 - pi) nats are lost, all of them in bf16; from logits none."""
+    found = plot_digits.draw(tmp_path / "figure.png", tokens=50, vocab=1000)
+    assert is_png(tmp_path / "figure.png")
+    for miss, of in found.items():
+        assert of["token_log_odds, float32"] < 2e-6
+        assert of["logits - logsumexp, float32"] > 3e-8 / miss
+        assert (of["computed in bf16"] > 1e3) == (miss <= 1e-3)

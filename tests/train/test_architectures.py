@@ -47,6 +47,21 @@ LATENT = {"num_key_value_heads": 4}
 ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 
 
+MLLAMA = {  # its text half; images would come through layers that text passes by
+    "text_config": {
+        **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{
+            "cross_attention_layers": [1],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        },
+        **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+    }
+}
+
+
 def hybrid(*layers: str) -> dict[str, Any]:
     return {"layer_types": list(layers)}
 
@@ -129,6 +144,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "minimax_m2": {},
     "ministral": {"sliding_window": 8},
     "ministral3": {},
+    "mllama": MLLAMA,
     "mistral": {"sliding_window": 8},
     "mixtral": {},
     "mixtral with router loss": ROUTER,
@@ -338,6 +354,14 @@ def test_a_window_beyond_the_first_tokens_packs(config: BNFConfig) -> None:
         assert how == ["padded", "packed"] + ["shared"] * (name == "mistral")  # its attention is told of its window
 
 
+def beside_another_reference(name: str, **more: Any) -> tuple[PreTrainedModel, list[Row]]:
+    """A model with the log-odds head, and rows whose reference is another model."""
+    model, rows = tiny(name, **more), some_rows(*LENGTHS)
+    paper(model, moved(copy.deepcopy(model), 0.05), rows)
+    attach_log_odds_head(model)
+    return model, rows
+
+
 # --- training and evaluation mode ----------------------------------------------------------------------------------------
 
 
@@ -358,10 +382,7 @@ def test_dropout_is_switched_off_and_named(config: BNFConfig) -> None:
     ("name", "message"), [("gpt2", "look for dropout"), ("phimoe", "routers in its code"), ("llama", "differ")]
 )
 def test_a_policy_that_is_another_function_in_training_mode_is_refused(name: str, message: str, config: BNFConfig) -> None:
-    model = tiny(name, router_jitter_noise=0.5)  # PhiMoE draws among experts that are this close
-    rows = some_rows(*LENGTHS)
-    paper(model, moved(copy.deepcopy(model), 0.05), rows)
-    attach_log_odds_head(model)
+    model, rows = beside_another_reference(name, router_jitter_noise=0.5)  # PhiMoE draws among experts that are this close
     if name != "gpt2":
         switch_off_dropout(model)
     trainer = trainer_of(model, config)
@@ -374,10 +395,7 @@ def test_a_policy_that_is_another_function_in_training_mode_is_refused(name: str
 
 
 def test_a_policy_that_is_not_its_reference_is_refused(config: BNFConfig) -> None:
-    model = tiny("llama")
-    rows = some_rows(*LENGTHS)
-    paper(model, moved(copy.deepcopy(model), 0.05), rows)
-    attach_log_odds_head(model)
+    model, rows = beside_another_reference("llama")
     starts = {"starts_at_reference": True, "data_collator": Collator(1)}
     trainer = BNFTrainer(model=model, args=config, objective=OBJECTIVES["bnf"], **starts)
     with pytest.raises(UsageError, match="policy and reference are not the same model"):
@@ -385,10 +403,7 @@ def test_a_policy_that_is_not_its_reference_is_refused(config: BNFConfig) -> Non
 
 
 def test_the_check_draws_no_random_numbers_and_is_made_once(config: BNFConfig) -> None:
-    model = tiny("llama")
-    rows = some_rows(*LENGTHS)
-    paper(model, moved(copy.deepcopy(model), 0.05), rows)
-    attach_log_odds_head(model)
+    model, rows = beside_another_reference("llama")
     trainer, calls = trainer_of(model, config), []
     model.register_forward_hook(lambda *_: calls.append(torch.rand(1)))
     before = torch.get_rng_state()
