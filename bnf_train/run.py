@@ -188,9 +188,13 @@ def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> t
 
 
 def _say_what_is_shared(config: BNFConfig, rows: list[Row], shared: bool, packed: bool, console: Console) -> None:
-    if not config.share_prompts or not packed:
+    if not config.share_prompts:
         return
     groups = by_prompt(rows)
+    if len(groups) < len(rows):
+        console.print(f"{len(rows):,} rows with {len(groups):,} prompts: those with one are kept together, shuffled as one.")
+    if not packed:
+        return
     if len(groups) == len(rows) and not any(len(row.responses) > 1 for row in rows):
         return  # no two responses to a prompt
     if not shared:

@@ -30,7 +30,7 @@ from bnf_train.errors import UsageError
 from bnf_train.model.head import router_loss_coefficient
 from bnf_train.training import distributed, metrics
 from bnf_train.training.quantities import Responses, Scored, joined, measure
-from bnf_train.training.resume import ResumeMixin
+from bnf_train.training.resume import ResumeMixin, rng_state, set_rng_state
 from bnf_train.training.weights_moved import WeightsMoved
 
 # mean |w - 1| before the first step; more than noise between two passes means that policy and reference differ
@@ -196,10 +196,10 @@ class BNFTrainer(ResumeMixin, Trainer):
         """
         if self.state.global_step > 0 and getattr(self.args, "lora_dropout", 0):
             return
-        random = torch.get_rng_state()
+        random = rng_state()
         with torch.no_grad(), self.compute_loss_context_manager():
             evaluated, trained = (model.train(mode)(**model_inputs(inputs))[0] for mode in (False, True))
-        torch.set_rng_state(random)
+        set_rng_state(random)
         mean, most = self._noise(trained, evaluated, "attention_mask" in inputs)
         if mean > most:
             raise UsageError(

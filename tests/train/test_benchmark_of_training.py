@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from preference_rows import PAIRS
+from preference_rows import PAIRS, SINGLES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnf_train.benchmark import mfu as share_of_the_peak
+from bnf_train.benchmark import prefix
 from bnf_train.benchmark.__main__ import main
 from bnf_train.benchmark.mfu import mfu
-from bnf_train.benchmark.ours import bnf
+from bnf_train.benchmark.ours import bnf, bnf_apart
 from bnf_train.benchmark.peers import bare
 from bnf_train.benchmark.task import Task, tokens_of
 from bnf_train.model.load import load_tokenizer
@@ -26,6 +27,34 @@ def test_methods_count_the_same_tokens(model_folder: Path, write_rows: Callable[
     assert 0 < figures["with_reference"] < figures["tokens_per_second"]
     assert figures["peak_gib"] > 0.1
     assert bare(task)["tokens"] == 16 * round(tokens / 16)
+
+
+def test_single_rows_count_too(model_folder: Path, write_rows: Callable[..., Path]) -> None:
+    """Four responses in a micro-batch, as pairs have; without shared prompts the same tokens."""
+    task = Task(str(model_folder), str(write_rows(SINGLES)), 100, ("--use_cpu=true",))
+    assert len(task.responses()) == len(SINGLES)
+    assert bnf(task)["tokens"] == bnf_apart(task)["tokens"] == tokens_of(task, load_tokenizer(str(model_folder)))
+
+
+def test_what_a_shared_prompt_saves(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A point for each size and ratio, beside arithmetic's; the speeds themselves mean nothing here."""
+    monkeypatch.setattr(prefix, "SIZES", (2, 4))
+    monkeypatch.setattr(prefix, "RATIOS", (0.5, 2))
+    points = prefix.sweep(str(model_folder), 120, 1)
+    assert [(p["responses"], p["prompt"], p["response"]) for p in points] == [
+        (2, 20, 40),
+        (2, 40, 20),
+        (4, 10, 20),
+        (4, 20, 10),
+    ]
+    assert [p["limit"] for p in points] == pytest.approx([120 / 100, 120 / 80, 120 / 90, 120 / 60])
+    assert all(p["apart"] > 0 and p["shared"] > 0 for p in points)
+    prefix.draw(points, tmp_path / "prefix.png")
+    assert (tmp_path / "prefix.png").stat().st_size > 0
+    assert main(["--prefix"]) == 2
+    assert "--prefix: --model is needed" in capsys.readouterr().err
 
 
 class Products(TorchDispatchMode):

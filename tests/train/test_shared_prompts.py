@@ -1,7 +1,7 @@
 """A prompt computed once: attention, packs and their parts, and a training step are what they are with a prompt each."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bnf_core import OBJECTIVES
+from bnf_train.__main__ import main
 from bnf_train.data import Collator, Response, Row, by_prompt, logical_tokens, model_inputs, passes, spared, tokenize
 from bnf_train.flags import parse
 from bnf_train.model.attention import attend_varlen
@@ -286,3 +287,36 @@ def test_a_model_that_cannot_is_found_out() -> None:
         lambda layer, args, out: out * (1 + torch.arange(out.shape[-2])[:, None] / 10)
     )
     assert not can_share_prompts(counting, ROWS, CPU)
+
+
+@pytest.mark.parametrize(
+    ("rows", "per_device", "said"),
+    [
+        # "I" of "It is" and of "I do not know" is one token more than the prompt's 33
+        (PAIRS, "1", ["Prompts are computed once: 438 positions an epoch for 710,"]),
+        (
+            SINGLES,
+            "4",
+            ["8 rows with 3 prompts: those with one are kept together, shuffled as one.", "Prompts are computed once:"],
+        ),
+        (SINGLES, "1", ["Responses of one pass share a prompt: raise --per_device_train_batch_size"]),
+    ],
+    ids=["pairs", "singles", "singles one at a time"],
+)
+def test_the_start_of_a_run_says_what_is_shared(
+    rows: list[dict[str, Any]],
+    per_device: str,
+    said: list[str],
+    model_folder: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--max_steps", "1", "--eval_size", "0", "--batch_size", "8", "--save_strategy", "no", "--no_reference_cache"]
+    data = ["--model", str(model_folder), "--dataset", str(write_rows(rows)), "--max_length", "128"]
+    sizes = ["--per_device_train_batch_size", per_device]
+    assert main([*data, *flags, *sizes, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert all(sentence in printed for sentence in said), printed
+    assert main([*data, *flags, *sizes, "--no_share_prompts", "--output_dir", str(tmp_path / "apart")]) == 0
+    assert "rompts are" not in capsys.readouterr().out
