@@ -3,6 +3,7 @@
 The head's weight needs nothing here: it is used inside the head's own forward, where both have gathered it.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
@@ -39,16 +40,26 @@ def load_in_float32(config: TrainingArguments) -> None:
         plugin.set_deepspeed_weakref()  # a copy, which transformers reads when it loads a model
 
 
-def check(accelerator: Accelerator) -> None:
+def asked(config: TrainingArguments) -> tuple[ParallelismConfig | None, FullyShardedDataParallelPlugin | None]:
+    """What the flags, or else the launcher's variables, say of parallelism and FSDP; as an Accelerator reads them."""
+    parallelism, plugin = config.parallelism_config, None
+    if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        parallelism = ParallelismConfig()
+    if config.fsdp_plugin_args is not None:
+        plugin = FullyShardedDataParallelPlugin(**config.fsdp_plugin_args)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        plugin = FullyShardedDataParallelPlugin()
+    return parallelism, plugin
+
+
+def check(parallelism: ParallelismConfig | None, plugin: FullyShardedDataParallelPlugin | None) -> None:
     """Raises UsageError for sharding that would leave no model folder at the end, and for sequences that are split up."""
-    parallelism = accelerator.parallelism_config
     for name in ("cp_size", "sp_size", "tp_size"):
         if parallelism is not None and (size := getattr(parallelism, name)) > 1:
             raise UsageError(
                 f"{name} {size}: each process needs the whole sequence of a response, packed or padded, and the whole head; "
                 "leave it out, and for long responses use FSDP2 with --gradient_checkpointing."
             )
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
     if plugin.fsdp_version != 2:

@@ -68,7 +68,8 @@ class BNFTrainer(ResumeMixin, Trainer):
     ) -> None:
         self.beta = beta_of(objective)
         super().__init__(*args, compute_metrics=partial(metrics.held_out_values, beta=self.beta), **kwargs)
-        distributed.check(self.accelerator)
+        state = self.accelerator.state
+        distributed.check(state.parallelism_config, getattr(state, "fsdp_plugin", None))
         distributed.keep_float32(self.accelerator)
         if self.args.ddp_find_unused_parameters is None:
             distributed.wait_for_every_gradient(self.accelerator, self.model)

@@ -16,7 +16,7 @@ from bnf_train import hub
 from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError, nearest, one_line
 from bnf_train.model.lora import lora_config, quantization
-from bnf_train.training import metrics
+from bnf_train.training import distributed, metrics
 
 PROBES = ("0.125", "3", "true", "false", "bfloat16", "AUTO")  # an argument that any of these changes nothing of has no effect
 
@@ -30,6 +30,9 @@ def try_out(config: BNFConfig) -> None:
     Raises:
       UsageError: a package is missing, an argument unknown, missing or without effect; the flag is named.
     """
+    with _about("--fsdp, or the launcher's variables"):
+        asked = distributed.asked(config)
+    distributed.check(*asked)
     with _about(_flag(config, "optim") + _flag(config, "optim_args")):
         optimizer = _optimizer(config)
     with _about(_flag(config, "lr_scheduler_type") + _flag(config, "lr_scheduler_kwargs")):

@@ -1,25 +1,31 @@
 """Several processes, DDP or FSDP2: another number of them goes on from a checkpoint, every metric is that of one process."""
 
 import json
+import os
 import random
 import shutil
 import signal
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from launched import Ended, Launcher
 from preference_rows import PAIRS, SINGLES
 from safetensors.torch import load_file
-from torch.distributed.fsdp import StateDictType
+from same_run import assert_same_run
 
+from bnf_train.__main__ import main
+from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError
-from bnf_train.training import checkpoint, distributed
+from bnf_train.training import checkpoint
+from bnf_train.training.tryout import try_out
 
 # 7 rows by 4 are 2 steps an epoch, the second one of 3 rows: a process has a micro-batch without any
 FLAGS = {
@@ -39,8 +45,6 @@ FLAGS = {
 }
 KINDS = [False, True]
 IN_ORDER = {"train_sampling_strategy": "sequential"}
-# of a log: what is not computed from the rows; transformers counts the share of an epoch in micro-batches
-OF_THE_MACHINE = ("runtime", "per_second", "total_flos", "epoch")
 
 
 @pytest.fixture
@@ -52,29 +56,6 @@ def train(forks: ForkServerContext, model_folder: Path, write_rows: Callable[...
 
 def ok(ended: Ended) -> None:
     assert set(ended.codes) == {0}, ended.printed
-
-
-def logged(folder: Path, but: tuple[str, ...] = ()) -> list[dict[str, float]]:
-    """All that was logged, by step; without what depends on the machine."""
-    found, left_out = json.loads((folder / "metrics.json").read_text()), OF_THE_MACHINE + but
-    return [{k: v for k, v in log.items() if not any(part in k for part in left_out)} for log in found["log"]]
-
-
-def assert_same_run(folder: Path, expected: Path, rel: float = 1e-4, weights: float = 1e-4, but: tuple[str, ...] = ()) -> None:
-    """Every metric of the training log and of the evaluations, and the weights; `but` are parts of names to leave out."""
-    ours, theirs = logged(folder, but), logged(expected, but)
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in other.items():
-            if "clipped" in name and other["step"] == 1:
-                continue  # the policy is the reference: rounding decides which of two equal numbers is larger
-            assert one[name] == pytest.approx(value, rel=rel, abs=rel / 10), (other["step"], name)
-    for path in expected.glob("*model.safetensors"):
-        found, wanted = load_file(folder / path.name), load_file(path)
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            torch.testing.assert_close(found[name], value, rtol=0, atol=weights, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_no_pickle(folder: Path) -> None:
@@ -130,9 +111,10 @@ def test_killed_in_two_processes_and_resumed_the_weights_are_the_same(train: Lau
 @pytest.mark.slow  # twenty launches of two processes
 @pytest.mark.parametrize("fsdp", KINDS, ids=["ddp", "fsdp2"])
 def test_killed_in_two_processes_many_times(fsdp: bool, train: Launcher, tmp_path: Path) -> None:
+    """Of 12 micro-batches of each process, and of the first one's 80 files; each moment once."""
     draw = random.Random(7)
-    moments = [("micro-batch", draw.randint(1, 12), draw.randint(0, 1)) for _ in range(5)]
-    survive(train, tmp_path, fsdp, moments + [("file", draw.randint(1, 60), 0) for _ in range(5)])
+    moments = [("micro-batch", at, n % 2) for n, at in enumerate(draw.sample(range(1, 13), 5))]
+    survive(train, tmp_path, fsdp, moments + [("file", at, 0) for at in draw.sample(range(1, 81), 5)])
 
 
 def survive(train: Launcher, folder: Path, fsdp: bool, moments: list[tuple[str, int, int]]) -> None:
@@ -181,6 +163,26 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
 }
 
 
+# 4, 1, 3 and 2 responses to a prompt, not side by side: the groups cross the batches of 4 rows that a process computes
+SHARED = [
+    {"prompt": f"Which number comes after {prompt} and before {prompt + 2}?", "completion": f"{n}" * n, "label": n % 2 == 0}
+    for n, prompt in enumerate([3, 5, 7, 3, 9, 7, 3, 9, 7, 3], start=1)
+]
+IN_FOURS = {"batch_size": "8", "per_device_train_batch_size": "4", "per_device_eval_batch_size": "4"}
+
+
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])  # one shows it
+def test_two_processes_that_share_prompts_are_one(
+    fsdp: bool, train: Launcher, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    flags = {"dataset": str(write_rows(SHARED, "shared.jsonl"))} | IN_FOURS
+    for output, processes in (("one", 1), ("two", 2)):
+        ended = train(tmp_path / output, processes=processes, fsdp=fsdp and processes > 1, **flags)
+        ok(ended)
+        assert "Prompts are computed once" in ended.printed
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.slow  # two processes for each of a dozen cases
 @pytest.mark.parametrize("fsdp", KINDS, ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("case", CASES)
@@ -195,22 +197,47 @@ def test_two_processes_are_one(case: str, fsdp: bool, train: Launcher, write_row
     assert_no_pickle(tmp_path / "two")
 
 
-REFUSED = {
-    "tensors": ({"parallelism": {"tp_size": 2}}, "tp_size 2: each process needs"),
-    "sequences": ({"parallelism": {"cp_size": 2}}, "cp_size 2: each process needs"),
-    "ulysses": ({"parallelism": {"sp_size": 2}}, "sp_size 2: each process needs"),
-    "fsdp1": ({"fsdp_version": 1, "state_dict_type": StateDictType.FULL_STATE_DICT}, "set fsdp_version: 2"),
-    "shards": (
-        {"fsdp_version": 2, "state_dict_type": StateDictType.SHARDED_STATE_DICT},
-        "fsdp_state_dict_type: FULL_STATE_DICT",
+FSDP2 = "--use_fsdp --fsdp_version 2 --fsdp_state_dict_type FULL_STATE_DICT"
+FSDP1 = "--use_fsdp --fsdp_version 1 --fsdp_sync_module_states false --fsdp_cpu_ram_efficient_loading false"
+PARALLEL = f"{FSDP2} --use_parallelism_config --parallelism_config"
+REFUSED = {  # the launcher's flags, ours, what is said
+    "tensors": (f"{PARALLEL}_tp_size 2", "", "tp_size 2: each process needs"),
+    "sequences": (f"{PARALLEL}_cp_size 2", "", "cp_size 2: each process needs"),
+    "ulysses": (f"{PARALLEL}_sp_size 2", "", "sp_size 2: each process needs"),
+    "fsdp1": (FSDP1, "", "fsdp_version 1: only FSDP2"),
+    "shards": (f"{FSDP2} --fsdp_state_dict_type SHARDED_STATE_DICT", "", "set fsdp_state_dict_type: FULL_STATE_DICT"),
+    "nonsense": (f"{FSDP2} --fsdp_activation_checkpointing_offload true", "", "error: --fsdp, or the launcher's variables: "),
+    "flag-fsdp1": (
+        "",
+        '--fsdp full_shard --fsdp_config {"version":1,"sync_module_states":false}',
+        "fsdp_version 1: only FSDP2",
     ),
+    "flag-shards": ("", '--fsdp full_shard --fsdp_config {"state_dict_type":"SHARDED_STATE_DICT"}', "FULL_STATE_DICT"),
 }
 
 
-@pytest.mark.parametrize(("asked", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_supported_is_a_sentence(asked: dict[str, Any], words: str) -> None:
-    parallelism = ParallelismConfig(**asked["parallelism"]) if "parallelism" in asked else None
-    plugin = None if parallelism else SimpleNamespace(**asked)
-    accelerator: Any = SimpleNamespace(parallelism_config=parallelism, state=SimpleNamespace(fsdp_plugin=plugin))
-    with pytest.raises(UsageError, match=words):
-        distributed.check(accelerator)
+@pytest.mark.parametrize(("launcher", "flags", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_supported_is_a_sentence(
+    launcher: str, flags: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is read: neither the model nor the rows are there."""
+    told: dict[str, str] = {}
+    if launcher:
+        given = f"--num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no {launcher} script.py"
+        told = prepare_multi_gpu_env(launch_command_parser().parse_args(given.split()))
+    nowhere = ["--model", "/no/such/model", "--dataset", "/no/such/rows.jsonl", "--output_dir", str(tmp_path / "out")]
+    with mock.patch.dict(os.environ, told):  # TrainingArguments sets some, too
+        assert main([*nowhere, *flags.split()]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "/no/such" not in said
+    assert said.count("\n") == 1
+
+
+def test_a_config_of_ones_own_says_it_too(model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    config = BNFConfig(
+        model=str(model_folder), dataset=str(write_rows(PAIRS)), output_dir=str(tmp_path / "out"),
+        parallelism_config=ParallelismConfig(cp_size=2),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="cp_size 2: each process needs"):
+        try_out(config)
