@@ -153,11 +153,11 @@ def spared(rows: Sequence[Row], batch_size: int) -> list[int]:
 
 
 def by_prompt(rows: Sequence[Row]) -> list[list[int]]:
-    """Places of the rows with the same prompt, in the order of the first of each."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    """Places of the rows with the same prompt, in the order of the first of each; a row without responses stands alone."""
+    groups: dict[tuple[int, ...] | int, list[int]] = {}
     for place, row in enumerate(rows):
-        first = row.responses[0]
-        groups.setdefault(tuple(first.input_ids[: first.prompt_length]), []).append(place)
+        prompt = tuple(row.responses[0].input_ids[: row.responses[0].prompt_length]) if row.responses else place
+        groups.setdefault(prompt, []).append(place)
     return list(groups.values())
 
 
