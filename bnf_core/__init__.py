@@ -6,7 +6,8 @@ In one pass            linear_bnf_loss, linear_token_loss (any loss of a token's
 What that will hold    head_workspace (bytes, from shapes alone)
 What a device can      multiplies (a dtype faster than its float32 copies)
 The batch              TokenBatch; sequence_logps, pair_logps
-BNF                    bnf, bnf_binary (T2), bnf_weight, bnf_target
+BNF                    bnf, bnf_one_sided, bnf_binary (T2), bnf_weight, bnf_target
+The family             weights: what a gradient is multiplied by, of BNF and of a dozen others; weighted: an objective from any
 Every objective        OBJECTIVES by name (PAIRWISE: those with one loss per pair)
 One of your own        objective (a decorator that says what it is), objective_spec (what it said)
 Every constraint       constraints: C_w, C_l of each objective in closed form
@@ -24,10 +25,13 @@ from bnf_core.objectives import (
     ObjectiveSpec,
     bnf,
     bnf_binary,
+    bnf_one_sided,
     bnf_target,
     bnf_weight,
     objective,
     objective_spec,
+    weighted,
+    weights,
 )
 
 __version__ = "0.1.0"
@@ -42,6 +46,7 @@ __all__ = [
     "analysis",
     "bnf",
     "bnf_binary",
+    "bnf_one_sided",
     "bnf_target",
     "bnf_weight",
     "constraints",
@@ -56,4 +61,6 @@ __all__ = [
     "reference",
     "sequence_logps",
     "token_log_odds",
+    "weighted",
+    "weights",
 ]

@@ -30,6 +30,7 @@ class TokenBatch:
         objectives of pairs.
       weight: (tokens,) what each token counts, finite and not negative; None: 1. Sums over a response are sum_t weight_t x_t,
         means that over its number of tokens |y|, whatever they weigh. So 0 is a token left out, but for the length.
+      z0: () KTO's reference point, the estimate of KL(policy, reference) in nats, a constant; None where none is needed.
 
     Raises:
       ValueError: wrong shape, dtype or device, or a response without a token that counts (named by its row).
@@ -50,6 +51,7 @@ class TokenBatch:
     entropy: Float[Tensor, " tokens"] | None = None
     score: Float[Tensor, " responses"] | None = None
     weight: Float[Tensor, " tokens"] | None = None
+    z0: Float[Tensor, ""] | None = None
 
     def __post_init__(self) -> None:
         for name in ("response", "pair"):
@@ -67,6 +69,8 @@ class TokenBatch:
         for name in ("ref_log_odds", "entropy", "weight"):
             if (value := getattr(self, name)) is not None:
                 check_floating(name, value, tuple(self.response.shape))
+        if self.z0 is not None:
+            check_floating("z0", self.z0, ())
         if self.score is not None:
             check_floating("score", self.score, (responses,))
             if (wrong := ~self.score.isfinite() | ((self.score > 0) != preferred) & (self.score != 0)).any():

@@ -7,17 +7,21 @@ They are functions of the sequence log-likelihoods alone, so they come from full
 
     C_w, C_l = dpo_constraint(pair_logps(log_odds, batch), beta=0.1)
 
-CONSTRAINTS has those of pairs by the objective's name. BNF has a constraint per token instead: `bnf_weight`. Each stands
-beside its loss in `bnf_core.objectives`; `objective_spec(loss).constraint` is the way from one to the other.
+CONSTRAINTS has those of pairs by the objective's name. BNF and the family have one per token or per response instead:
+`bnf_weight` and `bnf_core.weights`. Each stands beside its loss in `bnf_core.objectives`; `objective_spec(loss).constraint` is
+the way from one to the other.
 """
 
 from bnf_core.objectives import CONSTRAINTS
 from bnf_core.objectives.dpo import (
+    bdpo_constraint,
     bnf_contrastive_constraint,
     dpo_constraint,
     dpop_constraint,
+    ipo_avg_constraint,
     ipo_constraint,
     r_dpo_constraint,
+    rpo_constraint,
 )
 from bnf_core.objectives.kto import kto_constraint
 from bnf_core.objectives.likelihood import log_likelihood_constraint, nll_pll_constraint
@@ -25,15 +29,18 @@ from bnf_core.objectives.margin import orpo_constraint, simpo_constraint, slic_h
 
 __all__ = [
     "CONSTRAINTS",
+    "bdpo_constraint",
     "bnf_contrastive_constraint",
     "dpo_constraint",
     "dpop_constraint",
+    "ipo_avg_constraint",
     "ipo_constraint",
     "kto_constraint",
     "log_likelihood_constraint",
     "nll_pll_constraint",
     "orpo_constraint",
     "r_dpo_constraint",
+    "rpo_constraint",
     "simpo_constraint",
     "slic_hf_constraint",
 ]

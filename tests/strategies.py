@@ -1,6 +1,7 @@
 """Hypothesis strategies: logits and responses that reach the corners on purpose."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -113,23 +114,43 @@ def pair_cases(draw: st.DrawFn, max_pairs: int = 3, max_length: int = 5) -> Pair
         torch.tensor([label for _, label in sides]),
         torch.tensor([pair for pair, _ in sides]),
         ref_log_odds=torch.tensor(ref, dtype=torch.float64),
+        z0=torch.tensor(draw(st.floats(-3, 10)), dtype=torch.float64),
     )
     return PairCase(torch.tensor(log_odds, dtype=torch.float64), batch)
 
 
+SIDE = {"side": st.sampled_from(["both", "dispreferred"])}
+KTO = {"beta": st.floats(0.01, 5), "lambda_d": st.floats(0, 2), "lambda_u": st.floats(0, 2)}
 # hyper-parameters of every objective
-HYPER: dict[str, dict[str, st.SearchStrategy[float]]] = {
-    "bnf": {},
+HYPER: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "bdpo": {"beta": st.floats(0.01, 5), "lambda_": st.floats(0.01, 1)},
+    "bnf": SIDE,
     "bnf_binary": {},
+    "bnf_one_sided": {},
+    "cispo": {"epsilon_low": st.floats(0, 2), "epsilon_high": st.floats(0, 5)} | SIDE,
+    "dppo_tv": {"delta": st.floats(0.01, 1), "most": st.floats(0.1, 20)} | SIDE,
+    "npo": {"beta": st.floats(0.01, 5)},
+    "ppo_clip": {"epsilon": st.floats(0.01, 0.9)} | SIDE,
+    "sapo": {"tau_pos": st.floats(0.1, 5), "tau_neg": st.floats(0.1, 5)} | SIDE,
+    "satimp": {"beta1": st.floats(0, 6), "beta2": st.floats(0, 6)} | SIDE,
+    "sim_npo": {"beta": st.floats(0.1, 10), "gamma": st.floats(-2, 5)},
+    "tnpo": {"beta": st.floats(0.01, 5)} | SIDE,
+    "topr": {},
+    "unlikelihood": SIDE,
+    "w_reinforce": {"lambda_": st.floats(0, 3)},
+    "wga": {"beta": st.floats(0.01, 5)} | SIDE,
     "bnf_contrastive": {"beta": st.floats(0.01, 5)},
     "dpo": {"beta": st.floats(0.01, 5)},
     "dpop": {"beta": st.floats(0.01, 1), "lambda_": st.floats(0, 60)},
     "ipo": {"tau": st.floats(0.01, 5)},
-    "kto": {"beta": st.floats(0.01, 5), "lambda_d": st.floats(0, 2), "lambda_u": st.floats(0, 2), "z0": st.floats(-3, 10)},
+    "ipo_avg": {"tau": st.floats(0.01, 5)},
+    "kto": KTO,
+    "kto_fixed": KTO | {"z0": st.floats(-3, 10)},
     "log_likelihood": {},
     "nll_pll": {},
     "orpo": {"lambda_": st.floats(0, 3)},
     "r_dpo": {"beta": st.floats(0.01, 5), "alpha": st.floats(-1, 1)},
+    "rpo": {"beta": st.floats(0.01, 5), "alpha": st.floats(0, 2)},
     "simpo": {"beta": st.floats(0.1, 10), "gamma": st.floats(-2, 5)},
     "slic_hf": {"delta": st.floats(-5, 20), "lambda_": st.floats(0, 3)},
 }

@@ -13,11 +13,13 @@ Example:
   >>> import torch
   >>> log_odds, pair = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0, 0])
   >>> batch = TokenBatch(torch.tensor([0, 0, 1]), torch.tensor([True, False]), pair, ref_log_odds=torch.zeros(3))
-  >>> [round(loss(log_odds, batch).item(), 4) for loss in (dpo, ipo, r_dpo, dpop, bnf_contrastive)]
-  [0.6444, 16.0, 0.621, 0.5544, 0.0095]
+  >>> [round(loss(log_odds, batch).item(), 4) for loss in (dpo, ipo, ipo_avg, r_dpo, dpop, rpo, bdpo, bnf_contrastive)]
+  [0.6444, 16.0, 17.5556, 0.621, 0.5544, 1.1476, 0.6615, 0.0095]
   >>> dpo_constraint(pair_logps(log_odds, batch), beta=0.1)
   (tensor([0.0475]), tensor([0.0475]))
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,8 @@ from bnf_core.objectives.bnf import bnf, bnf_weight
 from bnf_core.objectives.registry import objective
 
 __all__ = [
+    "bdpo",
+    "bdpo_constraint",
     "bnf_contrastive",
     "bnf_contrastive_constraint",
     "dpo",
@@ -37,9 +41,13 @@ __all__ = [
     "dpop",
     "dpop_constraint",
     "ipo",
+    "ipo_avg",
+    "ipo_avg_constraint",
     "ipo_constraint",
     "r_dpo",
     "r_dpo_constraint",
+    "rpo",
+    "rpo_constraint",
 ]
 
 
@@ -80,6 +88,26 @@ def ipo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, tau: float = 0
     tau = check_positive("tau", tau)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return (r_w - r_l - 1 / (2 * tau)).square()
+
+
+def ipo_avg_constraint(pairs: PairLogps, *, tau: float = 0.1) -> PairConstraint:
+    """C_w = c / |y_w|,   C_l = c / |y_l|,   c = 2 (1 / (2 tau) + r_l / |y_l| - r_w / |y_w|)."""
+    pairs, tau = checked_pairs(pairs), check_positive("tau", tau)
+    r_w, r_l = pairs.log_ratios
+    c = 2 * (1 / (2 * tau) + r_l / pairs.rejected_lengths - r_w / pairs.chosen_lengths)
+    return c / pairs.chosen_lengths, c / pairs.rejected_lengths
+
+
+@objective(per="pair", constraint=ipo_avg_constraint, listed=True)
+def ipo_avg(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, tau: float = 0.1) -> Float[Tensor, " pairs"]:
+    """IPO of averages: (r_w / |y_w| - r_l / |y_l| - 1 / (2 tau))^2, which is what TRL calls IPO.
+
+    The margin aimed at, 1 / (2 tau), is in nats per token; `ipo` is the paper's formula, of sums.
+    """
+    tau = check_positive("tau", tau)
+    pairs = pair_logps(log_odds, batch)
+    r_w, r_l = pairs.log_ratios
+    return (r_w / pairs.chosen_lengths - r_l / pairs.rejected_lengths - 1 / (2 * tau)).square()
 
 
 def r_dpo_constraint(pairs: PairLogps, *, beta: float = 0.1, alpha: float = 0.05) -> PairConstraint:
@@ -128,6 +156,66 @@ def dpop(
     beta, lambda_ = check_positive("beta", beta), check_positive("lambda_", lambda_, zero=True)
     r_w, r_l = pair_logps(log_odds, batch).log_ratios
     return -F.logsigmoid(beta * (r_w - r_l - lambda_ * F.relu(-r_w)))
+
+
+def rpo_constraint(pairs: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> PairConstraint:
+    """C_l = beta sigmoid(beta (r_l - r_w)),   C_w = C_l + alpha / |y_w|."""
+    pairs = checked_pairs(pairs)
+    beta, alpha = check_positive("beta", beta), check_positive("alpha", alpha, zero=True)
+    r_w, r_l = pairs.log_ratios
+    c = beta * torch.sigmoid(beta * (r_l - r_w))
+    return c + alpha / pairs.chosen_lengths, c
+
+
+@objective(per="pair", constraint=rpo_constraint, listed=True)
+def rpo(
+    log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, beta: float = 0.1, alpha: float = 1.0
+) -> Float[Tensor, " pairs"]:
+    """RPO, DPO with the preferred response's likelihood beside it: -log sigmoid(beta (r_w - r_l)) - alpha log pi(y_w) / |y_w|.
+
+    alpha, not negative, weighs the likelihood, per token.
+    Pang et al. 2024, Iterative reasoning preference optimization.
+    """
+    beta, alpha = check_positive("beta", beta), check_positive("alpha", alpha, zero=True)
+    pairs = pair_logps(log_odds, batch)
+    r_w, r_l = pairs.log_ratios
+    return -F.logsigmoid(beta * (r_w - r_l)) - alpha * pairs.means[0]
+
+
+def bdpo_constraint(pairs: PairLogps, *, beta: float = 0.1, lambda_: float = 0.5) -> PairConstraint:
+    """C_w = beta sigmoid(beta (r - r_w)),   C_l = C_w lambda P / (lambda P + 1 - lambda),   P = e^r_l, r as in `bdpo`."""
+    beta, lambda_ = check_positive("beta", beta), _share("lambda_", lambda_)
+    r_w, r_l = checked_pairs(pairs).log_ratios
+    c = beta * torch.sigmoid(beta * (_mixed(r_l, lambda_) - r_w))
+    return c, c * torch.sigmoid(r_l + math.log(lambda_) - math.log1p(-lambda_)) if lambda_ < 1 else c
+
+
+@objective(per="pair", constraint=bdpo_constraint, listed=True)
+def bdpo(
+    log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, beta: float = 0.1, lambda_: float = 0.5
+) -> Float[Tensor, " pairs"]:
+    """BDPO, bounded DPO: the dispreferred side is held against a mixture of policy and reference.
+
+    -log sigmoid(beta (r_w - r)),   r = log(lambda pi(y_l) + (1 - lambda) pi_ref(y_l)) - log pi_ref(y_l).
+
+    lambda, in (0, 1], is the policy's share; 1 is DPO. As pi(y_l) falls, r stops at log(1 - lambda), and its gradient with it.
+    Cho et al. 2025, Rethinking DPO: the role of rejected responses in preference misalignment (arXiv:2506.12725).
+    """
+    beta, lambda_ = check_positive("beta", beta), _share("lambda_", lambda_)
+    r_w, r_l = pair_logps(log_odds, batch).log_ratios
+    return -F.logsigmoid(beta * (r_w - _mixed(r_l, lambda_)))
+
+
+def _mixed(r: Tensor, lambda_: float) -> Tensor:
+    """log(lambda e^r + 1 - lambda)."""
+    return torch.logaddexp(r + math.log(lambda_), r.new_tensor(math.log1p(-lambda_))) if lambda_ < 1 else r
+
+
+def _share(name: str, value: object) -> float:
+    share = check_positive(name, value)
+    if share > 1:
+        raise ValueError(f"{name}: expected a number above 0 and at most 1, got {share!r}.")
+    return share
 
 
 def bnf_contrastive_constraint(

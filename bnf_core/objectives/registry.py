@@ -43,9 +43,10 @@ class ObjectiveSpec:
       per: "token" where a token's loss depends on that token alone, so that the head takes it in one pass; "response" or
         "pair" where the loss needs the whole of one.
       reference: it needs the reference's log-odds.
+      reference_point: it needs `batch.z0`, which is estimated anew for every step.
       constraint: what multiplies the gradient of the log-likelihood; None where it is not known. Of one per token
-        (log_odds, ref_log_odds) -> (tokens,), before the mean over the response; of KTO `kto_constraint`; of a pair
-        PairLogps -> (C_w, C_l), or, where `weights_tokens`, (log_odds, batch) -> (tokens,).
+        (log_odds, ref_log_odds[, sign]) -> (tokens,), before the mean over the response; of a response (log_odds, batch) ->
+        (responses,); of a pair PairLogps -> (C_w, C_l), or, where `weights_tokens`, (log_odds, batch) -> (tokens,).
       weights_tokens: the constraint differs from token to token.
       token_loss: of one per token, (log_odds, sign), and ref_log_odds if `reference`, -> the loss of each token.
       described: by the decorator, not guessed.
@@ -53,17 +54,30 @@ class ObjectiveSpec:
     Example:
       >>> from bnf_core import OBJECTIVES
       >>> {name for name, o in OBJECTIVES.items() if not objective_spec(o).reference} == {
-      ...     "log_likelihood", "nll_pll", "slic_hf", "simpo", "orpo"
+      ...     "log_likelihood", "nll_pll", "slic_hf", "simpo", "orpo", "unlikelihood", "wga", "satimp", "sim_npo", "w_reinforce"
       ... }
       True
     """
 
     per: Per
     reference: bool = True
+    reference_point: bool = False
     constraint: Constraint | None = None
     weights_tokens: bool = False
     token_loss: TokenLoss | None = None
     described: bool = True
+
+    def token_constraint(
+        self,
+        log_odds: Float[Tensor, " tokens"],
+        ref_log_odds: Float[Tensor, " tokens"],
+        sign: Float[Tensor, " tokens"],
+    ) -> Float[Tensor, " tokens"]:
+        """The constraint of each token of a loss per token, whether or not it asks for the label."""
+        assert self.constraint is not None
+        labels = (sign,) if "sign" in inspect.signature(self.constraint).parameters else ()
+        constraint: Tensor = self.constraint(log_odds, ref_log_odds, *labels)
+        return constraint
 
     def weighted_token_loss(
         self,
@@ -102,6 +116,7 @@ def objective(
     *,
     per: Literal["response", "pair"],
     reference: bool = ...,
+    reference_point: bool = ...,
     constraint: Constraint | None = ...,
     weights_tokens: bool = ...,
     listed: bool = ...,
@@ -110,6 +125,7 @@ def objective(
     *,
     per: Per,
     reference: bool = True,
+    reference_point: bool = False,
     constraint: Constraint | None = None,
     weights_tokens: bool = False,
     constant: TokenLoss | None = None,
@@ -124,9 +140,9 @@ def objective(
     Args:
       per: "token", "response" or "pair".
       reference: it needs the reference's log-odds; a loss per token then takes them as its third argument.
-      constraint, weights_tokens: see `ObjectiveSpec`.
-      constant: of one per token: (log_odds, sign, ref_log_odds, entropy) -> what the value has beside the loss where the
-        batch has the entropy, without a gradient.
+      reference_point, constraint, weights_tokens: see `ObjectiveSpec`.
+      constant: of one per token: (log_odds, sign, ref_log_odds, entropy, *, hyper-parameters) -> what the value has beside
+        the loss where the batch has the entropy, without a gradient.
       listed: for this library's own: put it into OBJECTIVES, PAIRWISE or UNPAIRED, and CONSTRAINTS, by its name.
 
     Returns:
@@ -150,7 +166,7 @@ def objective(
         raise ValueError(f"per: expected one of {', '.join(get_args(Per))}, got {per!r}.")
 
     def decorate(function: Objective | TokenLoss) -> Objective:
-        spec = ObjectiveSpec(per, reference, constraint, weights_tokens or per == "token")
+        spec = ObjectiveSpec(per, reference, reference_point, constraint, weights_tokens or per == "token")
         if per == "token":
             spec, function = replace(spec, token_loss=function), _mean_over_tokens(function, reference, constant)
         elif per == "response":
@@ -222,7 +238,7 @@ def _mean_over_tokens(token_loss: TokenLoss, reference: bool, constant: TokenLos
         if not isinstance(values, Tensor) or values.shape != log_odds.shape:
             raise ValueError(f"{name}: expected one loss for each of {len(log_odds)} tokens, got {describe(values)}.")
         if constant is not None and batch.entropy is not None:
-            values = values + constant(log_odds.detach(), *constants, batch.entropy.detach().to(log_odds.dtype))
+            values = values + constant(log_odds.detach(), *constants, batch.entropy.detach().to(log_odds.dtype), **hyper)
         return batch.weighted(batch.mean(values))
 
     hyper = [p for p in inspect.signature(token_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]

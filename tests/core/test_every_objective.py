@@ -53,7 +53,7 @@ def test_it_comes_with_a_constraint_a_proof_and_a_strategy(name: str, monkeypatc
     assert name in HYPER, "a strategy for its hyper-parameters, in tests/strategies.py"
     assert HYPER[name].keys() == keywords(OBJECTIVES[name]).keys()
     assert keywords(spec.constraint) in ({}, keywords(OBJECTIVES[name])), "one set of hyper-parameters and defaults"
-    assert spec.constraint in vars(constraints).values() or spec.per == "token", "by name in bnf_core.constraints"
+    assert spec.constraint in vars(constraints).values() or spec.per != "pair", "by name in bnf_core.constraints"
 
 
 def test_a_constraint_is_bound_to_the_hyper_parameters_that_it_takes() -> None:
@@ -84,12 +84,12 @@ def constraint_of_tokens(name: str, case: PairCase, hyper: dict[str, float]) -> 
     assert spec.constraint is not None
     assert batch.ref_log_odds is not None
     if spec.per == "token":
-        return spec.constraint(case.log_odds, batch.ref_log_odds) / batch.lengths[batch.response]
+        sign = batch.sign.double()[batch.response]
+        return spec.token_constraint(case.log_odds, batch.ref_log_odds, sign) / batch.lengths[batch.response]
     if spec.weights_tokens:
         return spec.constraint(case.log_odds, batch)
     if spec.per == "response":
-        ratio = sequence_logps(case.log_odds, batch) - sequence_logps(batch.ref_log_odds, batch)
-        return spec.constraint(ratio, batch.preferred)[batch.response]
+        return spec.constraint(case.log_odds, batch)[batch.response]
     of_response = torch.zeros(batch.responses, dtype=torch.float64)
     for rows, c in zip(batch.pairs(), spec.constraint(pair_logps(case.log_odds, batch)), strict=True):
         of_response[rows] = c
@@ -115,6 +115,7 @@ BATCH = TokenBatch(
     torch.tensor([True, False, False, True]),
     torch.tensor([0, 0, 1, 1]),
     ref_log_odds=torch.linspace(-2, 2, 7, dtype=torch.float64),
+    z0=torch.tensor(0.5),
 )
 
 
