@@ -98,6 +98,11 @@ def is_per_token(name: str) -> bool:
     return objective_spec(find(name)).per == "token"
 
 
+def has_reference_point(name: str) -> bool:
+    """It needs KTO's estimate of the KL divergence in each step, from prompts with another prompt's response."""
+    return objective_spec(find(name)).reference_point
+
+
 def hyperparameters(function: Objective) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
@@ -169,6 +174,7 @@ def _try(name: str, objective: Objective, pairwise: bool) -> None:
         pair=torch.tensor([0, 0]),
         ref_log_odds=torch.zeros(5),
         entropy=torch.ones(5),
+        z0=torch.zeros(()),
     )
     try:
         losses = objective(log_odds, batch)

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,10 +14,21 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
-from bnf_core import Objective
+from bnf_core import Objective, objective_spec
 from bnf_train import cli, demo, objectives, report
 from bnf_train.config import BNFConfig, resumes
-from bnf_train.data import Collator, Options, Row, Template, by_prompt, check_ids, digest, read_and_tokenize, spared
+from bnf_train.data import (
+    Collator,
+    Options,
+    Row,
+    Template,
+    by_prompt,
+    check_ids,
+    digest,
+    mismatch,
+    read_and_tokenize,
+    spared,
+)
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head
@@ -46,6 +57,8 @@ def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCa
     transformers.set_seed(config.seed)
     rows = _read(config, resumed, console)
     objective, pairwise = _objective(config, rows)
+    if objective_spec(objective).reference_point:
+        rows.mismatched += [*mismatch(rows.train, config.max_length), *mismatch(rows.held_out, config.max_length)]
     model, collator, reference_seconds = _score(config, rows, resumed, console)
     transformers.set_seed(config.seed)  # whether the reference pass drew random numbers or found its cache
     trainer = BNFTrainer(
@@ -73,6 +86,14 @@ class _Rows:
     train: list[Row]
     held_out: list[Row]
     tokenizer: PreTrainedTokenizerBase
+    mismatched: list[Row] = field(
+        default_factory=list
+    )  # prompts with another prompt's response, where the objective needs them
+
+    @property
+    def scored(self) -> list[Row]:
+        """All that the reference is asked for."""
+        return self.train + self.held_out + self.mismatched
 
 
 def _checkpoint(config: BNFConfig, console: Console) -> Path | None:
@@ -128,7 +149,7 @@ def _score(config: BNFConfig, rows: _Rows, resumed: Path | None, console: Consol
         config.reference_digest = config.model_digest = _digest(model, config, "reference_digest", resumed)
         add_ref_log_odds(
             model,
-            rows.train + rows.held_out,
+            rows.scored,
             collator,
             config.device,
             torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
@@ -174,8 +195,8 @@ def _with_head(config: BNFConfig, name: str, rows: _Rows, console: Console) -> t
         if dropped := switch_off_dropout(model):
             console.print(f"{name}: its {', '.join(dropped)} switched off, so that policy and reference are one function.")
         batch_size = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
-        packed = can_pack(model, rows.train + rows.held_out, batch_size, config.packing, config.device)
-        shared = config.share_prompts and packed and can_share_prompts(model, rows.train + rows.held_out, config.device)
+        packed = can_pack(model, rows.scored, batch_size, config.packing, config.device)
+        shared = config.share_prompts and packed and can_share_prompts(model, rows.scored, config.device)
     if config.packing and not packed:
         console.print(f"{name}: packed responses would see each other in this architecture, so they are padded.")
     if flag == "--model":

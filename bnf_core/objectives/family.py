@@ -71,9 +71,11 @@ def unlikelihood_constraint(
 def unlikelihood(log_odds: Tokens, sign: Tokens, *, side: str = "dispreferred") -> Tokens:
     """Unlikelihood: -log(1 - pi) of a dispreferred token, -log pi of a preferred one (side "both": log(1 - pi)).
 
-    The gradient is also CE-U's, the cross-entropy to the policy without y, detached (arXiv:2503.01224).
+    The gradient is also CE-U's, the cross-entropy to the policy without y, detached (arXiv:2503.01224). A token that is
+    certain, l = inf, counts as one of very large but finite l, and its gradient is 0.
     """
-    return _sided(sign * F.logsigmoid(-log_odds), log_odds, sign, side)
+    finite = log_odds.clamp(max=torch.finfo(log_odds.dtype).max ** 0.5)
+    return _sided(sign * F.logsigmoid(-finite), log_odds, sign, side)
 
 
 def wga_constraint(
@@ -180,8 +182,10 @@ def sapo(
 ) -> Tokens:
     """SAPO: -s (4 / tau) sigmoid(tau (rho - 1)),   tau by the label."""
     pos, neg = check_positive("tau_pos", tau_pos), check_positive("tau_neg", tau_neg)
-    tau = torch.where(sign > 0, pos, neg)
-    return _sided(-sign * 4 / tau * torch.sigmoid(tau * (_ratio(log_odds, ref_log_odds) - 1)), log_odds, sign, side)
+    tau = torch.where(sign > 0, log_odds.new_tensor(pos), neg)
+    # through its logarithm, because sigmoid's own backward, y (1 - y), cancels at y = 1
+    gate = F.logsigmoid(tau * (_ratio(log_odds, ref_log_odds) - 1)).exp()
+    return _sided(-sign * 4 / tau * gate, log_odds, sign, side)
 
 
 def dppo_tv_constraint(

@@ -94,6 +94,8 @@ class Collator:
             batch["ref_log_odds"] = _joined([r.ref_log_odds for r in responses], torch.float32)
         if any(weight not in (0, 1) for r in responses for weight in r.weights or ()):
             batch["weight"] = torch.tensor([weight for r in responses for weight in r.counted_weights])
+        if mismatched := [r.mismatched for r in responses if r.mismatched is not None]:
+            batch["mismatched"] = self([Row("", [r]) for r in mismatched])
         return batch
 
 

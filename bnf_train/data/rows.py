@@ -15,6 +15,7 @@ class Response:
 
     `score` is what it counts in the loss in place of +1 or -1, with the sign of its label; None: +1 or -1. `weights` says what
     each token from `prompt_length` on counts; None: 1. The loss does not see tokens of weight 0, nor does the reference.
+    `mismatched` is its prompt with another prompt's response, where the objective needs one (`mismatch`).
 
     >>> response = Response([5, 6, 7, 8], 1, True, weights=[1, 0, 0.5])
     >>> list(response.counted), response.tokens, response.counted_weights
@@ -27,6 +28,7 @@ class Response:
     ref_log_odds: Tensor | None = None
     score: float | None = None
     weights: list[float] | None = None
+    mismatched: "Response | None" = None
 
     @property
     def counted(self) -> Sequence[int]:

@@ -14,7 +14,7 @@ from bnf_train.data import Collator, parse_share, parse_source, read_and_tokeniz
 from bnf_train.errors import UsageError
 from bnf_train.model.attention import NAME, attention_of, attention_width
 from bnf_train.model.load import context_length, load_tokenizer
-from bnf_train.objectives import is_per_token
+from bnf_train.objectives import has_reference_point, is_per_token
 from bnf_train.plan.memory import (
     CUDA_CONTEXT,
     autocast_bytes,
@@ -78,6 +78,11 @@ def plan(config: BNFConfig, flags: argparse.Namespace) -> dict[str, Any]:
         "head": head_flops(size, data.epoch, epochs, 3 if is_per_token(config.objective) else 4),
         "reference pass": reference_flops(size, data.reference),
     }
+    if has_reference_point(
+        config.objective
+    ):  # mismatched responses, about as long as the others: by the reference, and each step
+        flops["reference pass"] *= 2
+        flops["KL estimate"] = reference_flops(size, data.epoch) * epochs
     total = sum(flops.values())
     paper = next((name for name, (_, parameters) in PAPER.items() if parameters == size.total), None)
     paper_hours = PAPER[paper or PAPER_MODEL][0]

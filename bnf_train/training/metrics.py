@@ -212,6 +212,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     # a prompt that responses share is computed once
     Metric("positions_per_second", unit="tokens per second", training=True, panel=SPEED, line="positions computed"),
+    # KTO's reference point in the last step, an estimate of KL(policy, reference), and what TRL calls it
+    Metric("kl", unit="nats", training=True, panel=Panel("KL estimate z0")),
     Metric("bnf/start_weight_error", training=True),
     Metric("bnf/weights_moved", training=True),
 )  # fmt: skip

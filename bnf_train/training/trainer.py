@@ -12,7 +12,7 @@ logits are.
 import inspect
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import ProgressCallback, Trainer
 
-from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec
+from bnf_core import Objective, TokenBatch, bnf_weight, objective_spec, sequence_logps
 from bnf_core import objective as described
 from bnf_train.data import Row, by_prompt, logical_tokens, model_inputs, passes
 from bnf_train.errors import UsageError
@@ -89,6 +89,8 @@ class BNFTrainer(ResumeMixin, Trainer):
         self._router_losses: list[Tensor] = []
         self._tokens_since_log, self._positions_since_log, self._logged_at = 0, 0, time.perf_counter()
         self._noise_at_start: float | None = None
+        self._z0: Tensor | None = None  # of the optimizer step that is computed
+        self._held_out_z0: Tensor | None = None  # of the evaluation that is computed
         if self.pop_callback(ProgressCallback) is not None:  # not with --disable_tqdm
             self.add_callback(_ProgressBar)
         self._empty_rows = 0
@@ -104,7 +106,40 @@ class BNFTrainer(ResumeMixin, Trainer):
         """Losses in the whole optimizer step, one per response or pair: every micro-batch, every process."""
         responses = sum(len(batch["preferred"]) for batch in batch_samples)
         losses = torch.tensor(responses // 2 if self.pairwise else responses, device=device)
+        if self.spec.reference_point:
+            self._z0 = self._reference_point(self.model_wrapped, batch_samples)
         return self.accelerator.reduce(losses, "sum")
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Transformers' own; where the objective needs one, the reference point is that of all rows, whatever the batches."""
+        if self.spec.reference_point:
+            rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+            size, place, processes = (
+                self.args.per_device_eval_batch_size, self.accelerator.process_index, self.accelerator.num_processes
+            )  # fmt: skip
+            mine = (rows + [Row("", [])] * (-len(rows) % (size * processes)))[place::processes]
+            batches = (self.data_collator(mine[first : first + size]) for first in range(0, len(mine), size))
+            self._held_out_z0 = self._reference_point(self.model_wrapped, batches)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return metrics
+
+    def _reference_point(self, model: nn.Module, batches: Iterable[Any]) -> Tensor:
+        """z0 of these micro-batches of all processes: mean of log pi - log pi_ref over mismatched responses, at least 0.
+
+        In nats, a constant for the gradient. A process whose micro-batch is empty computes it all the same: others wait for it.
+        """
+        total, training = torch.zeros(2, device=self.args.device), model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in batches:
+                inputs = self._prepare_inputs(batch.get("mismatched", batch))
+                log_odds = model(**model_inputs(inputs))[0].float()
+                of = TokenBatch(inputs["response"], inputs["preferred"])
+                ratios = sequence_logps(log_odds, of) - sequence_logps(inputs["ref_log_odds"], of)
+                total += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
+        model.train(training)
+        summed, count = self.accelerator.reduce(total, "sum")
+        return (summed / count.clamp(min=1)).clamp(min=0)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in passes of at most --tokens_per_pass tokens: the same gradient, activations of fewer tokens.
@@ -136,9 +171,12 @@ class BNFTrainer(ResumeMixin, Trainer):
         scale = (self.accelerator.num_processes if model.training else 1) / count
         # a row whose other side is in another pass is no pair here; only rows of a loss per token are cut, which asks for none
         pair = None if self.one_pass else torch.where(inputs["paired"], inputs["row"], -1)
+        z0 = self._z0 if model.training else self._held_out_z0
+        if self.spec.reference_point and z0 is None:  # a batch for itself
+            z0 = self._reference_point(model, [inputs])
         batch = TokenBatch(
             inputs["response"], inputs["preferred"], pair=pair, ref_log_odds=inputs["ref_log_odds"], score=inputs["score"],
-            weight=inputs.get("weight"),
+            weight=inputs.get("weight"), z0=z0,
         )  # fmt: skip
         if self.one_pass:
             token_loss, per_token = self.spec.weighted_token_loss, self.spec.per_token(batch, scale)
@@ -234,6 +272,8 @@ class BNFTrainer(ResumeMixin, Trainer):
         if self._noise_at_start is not None:
             logs["bnf/start_weight_error"] = self._noise_at_start
         self._noise_at_start = None
+        if self._z0 is not None:
+            logs["kl"] = self._z0.item()
         if self._router_losses:
             logs["router_loss"] = add_up(torch.stack(self._router_losses).mean()).item() / self.accelerator.num_processes
             self._router_losses = []

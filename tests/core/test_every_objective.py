@@ -28,7 +28,6 @@ from bnf_core import (
     objective,
     objective_spec,
     pair_logps,
-    sequence_logps,
 )
 from bnf_core.head import IMPLEMENTATIONS
 from bnf_core.objectives import UNPAIRED
@@ -141,12 +140,12 @@ def one_sided(log_odds: Tensor, sign: Tensor, ref_log_odds: Tensor, *, power: fl
 
 
 @objective(per="token", reference=False)
-def unlikelihood(log_odds: Tensor, sign: Tensor) -> Tensor:
+def right_or_wrong(log_odds: Tensor, sign: Tensor) -> Tensor:
     return -logsigmoid(sign * log_odds)
 
 
 LOCAL: dict[str, Objective] = {n: f for n, f in OBJECTIVES.items() if objective_spec(f).per == "token"}
-OWN = {"one_sided": partial(one_sided, power=0.5), "unlikelihood": unlikelihood}
+OWN = {"one_sided": partial(one_sided, power=0.5), "right_or_wrong": right_or_wrong}
 
 
 def test_these_are_token_local() -> None:

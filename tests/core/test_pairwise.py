@@ -20,8 +20,10 @@ from bnf_core import (
     PAIRWISE,
     PairLogps,
     TokenBatch,
+    bnf_weight,
     constraints,
     linear_log_odds,
+    objective_spec,
     pair_logps,
     reference,
     sequence_logps,
@@ -62,7 +64,7 @@ def test_autograds_coefficient_is_the_constraint(name: str, data: st.DataObject)
 @given(case=pair_cases(), beta=st.floats(0.01, 5), z0=st.floats(-3, 10), weights=st.tuples(st.floats(0, 2), st.floats(0, 2)))
 def test_ktos_coefficient_is_its_constraint(case: PairCase, beta: float, z0: float, weights: tuple[float, float]) -> None:
     hyper = {"beta": beta, "lambda_d": weights[0], "lambda_u": weights[1], "z0": z0}
-    _, gradient = leaf_gradients(lambda x, batch: OBJECTIVES["kto"](x, batch, **hyper), case)
+    _, gradient = leaf_gradients(lambda x, batch: OBJECTIVES["kto_fixed"](x, batch, **hyper), case)
     batch = case.batch
     assert batch.ref_log_odds is not None
     ratio = sequence_logps(case.log_odds, batch) - sequence_logps(batch.ref_log_odds, batch)
@@ -77,7 +79,9 @@ def test_constraints_are_not_negative_and_push_the_right_way(name: str, data: st
     """All but IPO's, whose square pulls back once the margin is reached."""
     case, hyper = data.draw(pair_cases()), draw_hyper(data, name)
     c_w, c_l = constraints.CONSTRAINTS[name](pair_logps(case.log_odds, case.batch), **hyper)
-    if name == "ipo":
+    if name == "ipo_avg":
+        assert torch.equal(c_w > 0, c_l > 0)
+    elif name == "ipo":
         pairs = pair_logps(case.log_odds, case.batch)
         r_w, r_l = pairs.log_ratios
         assert torch.equal(c_w > 0, r_w - r_l < 1 / (2 * hyper["tau"])) or (c_w.abs() < 1e-9).any()
@@ -131,6 +135,9 @@ def test_order_does_not_matter(name: str, case: PairCase, seed: int) -> None:
     torch.testing.assert_close(PAIRWISE[name](case.log_odds[tokens], shuffled), losses.flip(0), rtol=1e-9, atol=1e-9)
 
 
+DETACHED = ("wga", "satimp", "cispo", "dppo_tv", "topr")  # as published: a factor that is no function of the policy
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradcheck(name: str) -> None:
     torch.manual_seed(1)
@@ -140,9 +147,10 @@ def test_gradcheck(name: str) -> None:
         torch.tensor([True, False, False, True]),
         torch.tensor([0, 0, 1, 1]),
         ref_log_odds=torch.randn(8, dtype=torch.float64),
+        z0=torch.tensor(0.3, dtype=torch.float64),
     )
     log_odds = torch.randn(8, dtype=torch.float64, requires_grad=True)
-    if name.startswith("bnf"):  # the target is a constant of the gradient: hold it where autograd holds it
+    if name.startswith("bnf") or name in DETACHED:  # a constant of the gradient: hold it where autograd holds it
         _, gradient = leaf_gradients(OBJECTIVES[name], PairCase(log_odds.detach(), batch))
         epsilon = 1e-6
         for t in range(8):
@@ -158,11 +166,15 @@ def test_gradcheck(name: str) -> None:
 
 
 def _with_fixed_target(name: str, at: Tensor, batch: TokenBatch, log_odds: Tensor) -> Tensor:
-    """Sum of BNF's losses at `log_odds` with the weights it has at `at`: finite differences of a stop-gradient."""
-    from bnf_core import bnf_weight
-
+    """Sum of the losses at `log_odds` with the weights that they have at `at`: finite differences of a stop-gradient."""
     assert batch.ref_log_odds is not None
+    spec = objective_spec(OBJECTIVES[name])
+    if spec.per == "response":
+        assert spec.constraint is not None
+        return (-batch.sign.double() * spec.constraint(at, batch) * sequence_logps(log_odds, batch)).sum()
     w = bnf_weight(at, batch.ref_log_odds)
+    if spec.per == "token":
+        w = spec.token_constraint(at, batch.ref_log_odds, batch.sign.double()[batch.response])
     losses = -batch.sign.double() * batch.mean(w * torch.nn.functional.logsigmoid(log_odds))
     if name == "bnf_contrastive":
         r_w, r_l = pair_logps(at, batch).log_ratios
@@ -241,7 +253,7 @@ def test_contrastive_bnf_is_bnf_where_policy_is_reference() -> None:
     torch.testing.assert_close(ours.mean(), plain.mean())
 
 
-SINGLE = TokenBatch(torch.tensor([0, 1]), torch.tensor([True, False]), ref_log_odds=torch.zeros(2))
+SINGLE = TokenBatch(torch.tensor([0, 1]), torch.tensor([True, False]), ref_log_odds=torch.zeros(2), z0=torch.tensor(0.5))
 PAIRED = replace(SINGLE, pair=torch.tensor([0, 0]))
 BAD = {
     "unpaired": (lambda: OBJECTIVES["dpo"](torch.zeros(2), SINGLE), "batch.pair: expected the pair of each response"),
@@ -259,6 +271,19 @@ BAD = {
     ),
     "no-reference": (lambda: OBJECTIVES["dpo"](torch.zeros(2), replace(PAIRED, ref_log_odds=None)), "batch.ref_log_odds"),
     "kto-no-reference": (lambda: OBJECTIVES["kto"](torch.zeros(2), replace(SINGLE, ref_log_odds=None)), "batch.ref_log_odds"),
+    "kto-no-z0": (
+        lambda: OBJECTIVES["kto"](torch.zeros(2), replace(SINGLE, z0=None)),
+        "batch.z0: expected KTO's reference point",
+    ),
+    "side": (
+        lambda: OBJECTIVES["bnf"](torch.zeros(2), SINGLE, side="left"),
+        "side: expected one of both, dispreferred, got 'left'",
+    ),
+    "share": (
+        lambda: OBJECTIVES["bdpo"](torch.zeros(2), PAIRED, lambda_=1.5),
+        "lambda_: expected a number above 0 and at most 1",
+    ),
+    "npo-no-reference": (lambda: OBJECTIVES["npo"](torch.zeros(2), replace(SINGLE, ref_log_odds=None)), "batch.ref_log_odds"),
     "beta": (lambda: OBJECTIVES["dpo"](torch.zeros(2), PAIRED, beta=0), "beta: expected a positive number, got 0"),
     "nan": (lambda: OBJECTIVES["simpo"](torch.zeros(2), PAIRED, beta=float("nan")), "beta: expected a finite positive number"),
     "tau": (lambda: OBJECTIVES["ipo"](torch.zeros(2), PAIRED, tau=-1.0), "tau: expected a positive number"),
@@ -279,13 +304,14 @@ def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_certain_tokens_give_no_nan(name: str) -> None:
     """Where nothing but the target is possible, l = inf and log pi = 0: a legal limit, for either side or both."""
-    batch = TokenBatch(torch.tensor([0, 1]), torch.tensor([True, False]), torch.tensor([0, 0]), ref_log_odds=torch.zeros(2))
+    labels, zeros = torch.tensor([True, False]), torch.zeros(2)
+    batch = TokenBatch(torch.tensor([0, 1]), labels, torch.tensor([0, 0]), ref_log_odds=zeros, z0=zeros[0])
     for values in ([torch.inf, 0.0], [0.0, torch.inf], [torch.inf, torch.inf]):
         log_odds = torch.tensor(values, requires_grad=True)
-        loss = PAIRWISE[name](log_odds, batch)
+        loss = OBJECTIVES[name](log_odds, batch)
         loss.sum().backward()
         assert loss.isfinite().all()
         assert log_odds.grad is not None

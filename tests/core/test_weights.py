@@ -18,7 +18,8 @@ def case(weight: Tensor | None = None) -> tuple[Tensor, TokenBatch]:
     log_odds, ref = torch.randn(2, len(RESPONSE), dtype=torch.float64, generator=draw)
     labels, entropy = torch.tensor([True, False, True, False]), torch.rand(len(RESPONSE), dtype=torch.float64, generator=draw)
     pair = torch.tensor([0, 0, 1, 1])
-    batch = TokenBatch(RESPONSE, labels, pair, ref_log_odds=ref, entropy=entropy, weight=weight)
+    z0 = torch.tensor(0.5, dtype=torch.float64)
+    batch = TokenBatch(RESPONSE, labels, pair, ref_log_odds=ref, entropy=entropy, weight=weight, z0=z0)
     return log_odds.requires_grad_(), batch
 
 

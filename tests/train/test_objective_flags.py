@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +97,8 @@ def batch() -> tuple[torch.Tensor, TokenBatch]:
     log_odds, ref_log_odds = torch.randn(2, len(response), generator=generator, dtype=torch.float64)
     pair = torch.tensor([0, 0, 1, 1])
     labels = torch.tensor([True, False, True, False])
-    return log_odds, TokenBatch(response, labels, pair=pair, ref_log_odds=ref_log_odds, entropy=torch.ones_like(log_odds))
+    entropy, z0 = torch.ones_like(log_odds), torch.tensor(0.5, dtype=torch.float64)
+    return log_odds, TokenBatch(response, labels, pair=pair, ref_log_odds=ref_log_odds, entropy=entropy, z0=z0)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
@@ -109,9 +112,10 @@ def test_every_objective_has_its_papers_defaults(name: str) -> None:
     ("name", "key", "default"),
     [(name, key, p.default) for name, f in sorted(OBJECTIVES.items()) for key, p in hyperparameters(f).items()],
 )
-def test_every_hyperparameter_is_a_flag(name: str, key: str, default: float) -> None:
+def test_every_hyperparameter_is_a_flag(name: str, key: str, default: Any) -> None:
     assert default is not inspect.Parameter.empty
-    value = default + 0.25
+    value: Any = {"both": "dispreferred", "dispreferred": "both", 10.0: 0.5}.get(default)
+    value = default + 0.25 if value is None else value
     objective, _ = resolve(parse([*DATA, "--objective", name, f"--{key.replace('_', '-')}", str(value)]))
     expected = OBJECTIVES[name](*batch(), **{key: value})
     assert torch.equal(objective(*batch()), expected)
@@ -124,6 +128,13 @@ def test_hyperparameters_are_kept_with_the_configuration() -> None:
     assert config.hyperparameters.items() <= config.to_dict().items()
 
 
+def test_a_side_is_a_word() -> None:
+    config = parse([*DATA, "--objective", "bnf", "--side", "dispreferred"])
+    assert config.hyperparameters == {"side": "dispreferred"}
+    assert torch.equal(resolve(config).objective(*batch()), OBJECTIVES["bnf_one_sided"](*batch()))
+    assert resolve(config).spec.per == "token"  # one pass through the head
+
+
 def test_lambda_is_a_word_that_python_keeps_for_itself() -> None:
     assert parse([*DATA, "--objective", "orpo", "--lambda", "0.3"]).hyperparameters == {"lambda_": 0.3}
     assert parse([*DATA, "--objective", "orpo", "--lambda_", "0.3"]).hyperparameters == {"lambda_": 0.3}
@@ -134,7 +145,10 @@ def test_lambda_is_a_word_that_python_keeps_for_itself() -> None:
     [
         (["--objective", "rdpo"], r"--objective rdpo: expected one of bnf, .*path/to/file.py:function; the nearest is r_dpo\."),
         (["--objective", "dpo", "--gamma", "1"], "--gamma: --objective dpo has no such hyper-parameter; it has --beta"),
-        (["--beta", "1"], "--beta: --objective bnf has no such hyper-parameter; it has none"),
+        (["--beta", "1"], "--beta: --objective bnf has no such hyper-parameter; it has --side"),
+        (["--side", "left"], "--objective bnf: side: expected one of both, dispreferred, got 'left'"),
+        (["--objective", "kto", "--z0", "0"], "--z0: --objective kto has no such hyper-parameter; it has --beta"),
+        (["--objective", "log_likelihood", "--beta", "1"], "--objective log_likelihood has no such .*; it has none"),
         (["--objective", "dpo", "--beta", "-1"], "--objective dpo: beta: expected a positive number, got -1.0"),
         (["--objective", "dpo", "--beta", "nan"], "--beta: expected number, got 'nan'"),
         (["--objective", "ipo", "--tau", "small"], "--tau: expected number, got 'small'"),
@@ -225,6 +239,32 @@ def test_own_objective_trains(
     losses = [log["loss"] for log in json.loads((out / "metrics.json").read_text())["log"] if "loss" in log]
     assert len(losses) >= 4
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "logged"),
+    [
+        (SINGLES[:8], ("--objective", "kto"), "kl"),
+        (SINGLES[:8], ("--objective", "tnpo", "--beta", "0.5"), "loss"),
+        (SINGLES[:8], ("--objective", "npo"), "loss"),
+        (SINGLES[:8], ("--objective", "bnf", "--side", "dispreferred"), "loss"),
+        (PAIRS[:4], ("--objective", "bdpo"), "rewards/accuracies"),
+    ],
+    ids=lambda x: "-".join(x[1:]) if isinstance(x, tuple) else "",
+)
+def test_the_family_trains(
+    rows: list[dict[str, object]], flags: tuple[str, ...], logged: str, model_folder: Path, write_rows: Callable[..., Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    flags += ("--batch_size", "4", "--per_device_train_batch_size", "2", "--max_steps", "3", "--learning_rate", "0.01")
+    flags += ("--eval_size", "0", "--eval_dataset", str(write_rows(rows, "held_out.jsonl")), "--save_strategy", "no")
+    paths = ["--model", str(model_folder), "--dataset", str(write_rows(rows)), "--output_dir", str(out)]
+    assert main([*paths, *flags, "--max_length", "100"]) == 0
+    found = json.loads((out / "metrics.json").read_text())["log"]
+    assert all(math.isfinite(value) for log in found for value in log.values())
+    assert any(logged in log for log in found)
+    assert "eval_loss" in found[-1] or "eval_loss" in found[-2]
 
 
 def test_own_pairwise_objective_refuses_single_responses_before_the_model_is_loaded(

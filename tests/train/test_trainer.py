@@ -14,9 +14,9 @@ from preference_rows import PAIRS, SINGLES
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bnf_core import OBJECTIVES, linear_token_loss, objective
+from bnf_core import OBJECTIVES, linear_token_loss, objective, objective_spec
 from bnf_train.__main__ import main
-from bnf_train.data import Collator, Row, passes, tokenize
+from bnf_train.data import Collator, Row, mismatch, passes, tokenize
 from bnf_train.flags import parse
 from bnf_train.model import head as model_head
 from bnf_train.model.head import attach_log_odds_head
@@ -61,8 +61,9 @@ def trainer_of(
     attach_log_odds_head(model)
     collator = Collator(tokenizer.pad_token_id)
     data, _ = tokenize(rows, tokenizer, 128, "rows", train_on=train_on)
-    add_ref_log_odds(model, data, collator, config.device, False, 3)
-    for row in data:  # a reference that is not the policy, so that w is not 1
+    every = data + (mismatch(data, 128) if objective_spec(OBJECTIVES[objective]).reference_point else [])
+    add_ref_log_odds(model, every, collator, config.device, False, 3)
+    for row in every:  # a reference that is not the policy, so that w is not 1
         for response in row.responses:
             response.ref_log_odds += 0.5  # type: ignore[operator]
     if with_empty_rows:  # as where another process has one row more
@@ -85,7 +86,7 @@ APART = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["bnf", "kto", "log_likelihood"])
+@pytest.mark.parametrize("objective", ["bnf", "kto", "log_likelihood", "npo"])
 def test_a_group_is_its_responses(model_folder: Path, objective: str) -> None:
     """The same step, and the same held-out metrics, as with a row each; +1 and -1 are the labels; a 0 is left out."""
     other = {"prompt": "bye", "completion": "now", "label": True}
@@ -142,6 +143,48 @@ def test_the_step_does_not_depend_on_packing_or_empty_micro_batches(model_folder
     ):
         for key, value in one_step(model_folder, rows, per_device, accumulate, **options).items():
             torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5, msg=f"{per_device} x {accumulate} {options}")
+
+
+@pytest.mark.parametrize(("per_device", "accumulate"), [(8, 1), (2, 4)])
+def test_ktos_reference_point_is_that_of_the_step(model_folder: Path, per_device: int, accumulate: int) -> None:
+    """The mean of log pi - log pi_ref over mismatched responses, by transformers' own forward; then a constant."""
+    trainer = trainer_of(model_folder, SINGLES[:8], per_device, accumulate, "kto")
+    plain, ratios = AutoModelForCausalLM.from_pretrained(model_folder), []
+    for row in trainer.train_dataset:
+        for response in row.responses:
+            for one in (response, response.mismatched):
+                one.ref_log_odds -= 1
+            other = response.mismatched
+            logits = plain(torch.tensor([other.input_ids])).logits[0, other.prompt_length - 1 : -1]
+            logps = logits.log_softmax(-1).gather(1, torch.tensor(other.input_ids[other.prompt_length :])[:, None])
+            ratios.append(logps.sum() - logsigmoid(other.ref_log_odds).sum())
+    z0 = torch.stack(ratios).mean().item()
+    assert z0 > 1
+    trainer.args.logging_steps = 1
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(z0, rel=1e-4)
+    fixed = trainer_of(model_folder, SINGLES[:8], per_device, accumulate, "kto_fixed")
+    for row in fixed.train_dataset:
+        for response in row.responses:
+            response.ref_log_odds -= 1
+    fixed.objective = partial(OBJECTIVES["kto_fixed"], z0=z0)
+    fixed.train()
+    for (name, one), other in zip(trainer.model.state_dict().items(), fixed.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_ktos_held_out_loss_does_not_depend_on_batches(model_folder: Path, batch: int) -> None:
+    trainer = trainer_of(model_folder, SINGLES[:8], 8, 1, "kto")
+    for row in trainer.train_dataset:
+        for response in row.responses:
+            response.mismatched.ref_log_odds -= 1
+    trainer.args.per_device_eval_batch_size = 8
+    whole = trainer.evaluate(trainer.train_dataset)
+    trainer.args.per_device_eval_batch_size = batch
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+    trainer.objective = partial(OBJECTIVES["kto"], beta=2.0)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] != pytest.approx(whole["eval_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("objective", ["bnf", "log_likelihood", "dpo", "simpo"])
