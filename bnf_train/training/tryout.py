@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_available
+from transformers.integrations import get_reporting_integration_callbacks
 
 from bnf_train import hub
 from bnf_train.config import BNFConfig
@@ -49,8 +49,6 @@ def try_out(config: BNFConfig) -> None:
         kwargs.pop("every_n_layers", None)  # of transformers, not of torch
         with _about(_flag(config, "gradient_checkpointing_kwargs")):
             checkpoint(nn.Identity(), torch.zeros(1, requires_grad=True), **kwargs)
-    if config.deepspeed and not is_deepspeed_available():
-        raise UsageError("--deepspeed: needs the package deepspeed, which is not installed; install it, or leave it out.")
     if config.use_peft:
         lora_config(config)
     quantization(config)

@@ -37,12 +37,14 @@ class WeightsMoved(TrainerCallback):
             self._has_gradient = [None] * len(self._before)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        if self._before is not None:  # under ZeRO they have no .grad, and every weight counts
+        if self._before is not None:  # under ZeRO they have no .grad
             self._has_gradient = [None if p.grad is None else _sample(p.grad) != 0 for p in _trained(model)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if self._before is None:
             return
+        if any(hasattr(p, "ds_id") for p in _trained(model)):
+            self._has_gradient = [_had_gradient(p) for p in _trained(model)]
         share, self._before, self._done = self._share(_trained(model)), None, True
         if share is None:
             return
@@ -59,7 +61,7 @@ class WeightsMoved(TrainerCallback):
             )
 
     def _share(self, parameters: list[nn.Parameter]) -> float | None:
-        """Moved weights / weights with a gradient; each tensor's sample stands for all of its elements."""
+        """Moved weights / weights with a gradient (all, where that is not known); samples stand for their whole tensors."""
         assert self._before is not None
         moved, total = 0.0, 0.0
         for p, before, counted in zip(parameters, self._before, self._has_gradient, strict=True):
@@ -73,6 +75,16 @@ class WeightsMoved(TrainerCallback):
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def _had_gradient(parameter: Any) -> Tensor | None:
+    """ZeRO-3 drops gradients as it takes its step, and a weight that never had one is one whose first moment is 0."""
+    from deepspeed.utils import safe_get_local_optimizer_state
+
+    try:
+        return _sample(safe_get_local_optimizer_state(parameter, "exp_avg")).to(_local(parameter).device) != 0
+    except KeyError:  # an optimizer without moments
+        return None
 
 
 def _local(tensor: Tensor) -> Tensor:

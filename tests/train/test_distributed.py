@@ -14,8 +14,9 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from launched import environment
-from preference_rows import PAIRS
+from preference_rows import PAIRS, SINGLES
 from safetensors.torch import load_file, save_file
+from same_run import assert_same_run
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
@@ -150,6 +151,35 @@ def test_two_torchrun_agents_are_one_process(configuration: str, flags: Callable
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_two_processes_with_zero3_are_one(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     launch_and_compare("deepspeed_zero3.yaml", flags, tmp_path, RUNS[:1])
+
+
+WITH_LORA = ("--use_peft", "true", "--lora_r", "4")
+LABELLED = [row | {"label": True} for row in SINGLES[:7]]
+ZERO3: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
+    "float32": (PAIRS[:7], ()),
+    "bf16": (PAIRS[:7], ("--bf16", "true")),
+    "lora": (PAIRS[:7], WITH_LORA),
+    "lora-bf16": (PAIRS[:7], (*WITH_LORA, "--bf16", "true")),
+    "preferred": (LABELLED, ()),
+    "preferred-lora-bf16": (LABELLED, (*WITH_LORA, "--bf16", "true")),
+}
+
+
+@pytest.mark.slow  # DeepSpeed's import alone takes half a minute of two cores
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("case", ZERO3)
+def test_zero3_has_every_metric_of_one_process(
+    case: str, flags: Callable[..., list[str]], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Uneven: 7 rows by 4 are 2 steps an epoch, in the second of which a process has a micro-batch without any."""
+    rows, more = ZERO3[case]
+    more += ("--dataset", str(write_rows(rows, "case.jsonl")), "--eval_dataset", str(write_rows(PAIRS[5:], "held_out.jsonl")))
+    more += ("--eval_strategy", "steps", "--eval_steps", "3", "--per_device_eval_batch_size", "2")
+    more += ("--per_device_train_batch_size", "1")
+    launch_runs("deepspeed_zero3.yaml", tmp_path, {"flags": flags("two", 2, False, False, *more)})
+    assert main(flags("one", 1, False, False, *more)) == 0
+    # in bf16 the same products in another order differ by its spacing
+    assert_same_run(tmp_path / "two", tmp_path / "one", *((5e-2, 3e-2) if "bf16" in case else ()))
 
 
 def launch_and_compare(
