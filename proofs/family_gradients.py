@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import sympy as sp
 from a2_valid_distribution import p, r
-from common import for_each_size, prove, vocabulary
+from common import for_each_size, prove, sigmoid, vocabulary
 
 s, held = sp.symbols("s held", real=True)
 beta, beta1, beta2, epsilon, epsilon_low, epsilon_high = sp.symbols(
@@ -24,10 +24,6 @@ gamma, logp, ref = sp.symbols("gamma logp ref", real=True)  # log pi(y) and log 
 length = sp.Symbol("length", integer=True, positive=True)
 u, v = sp.symbols("u v", positive=True)
 rho = p / r
-
-
-def sigmoid(x: sp.Expr) -> sp.Expr:
-    return 1 / (1 + sp.exp(-x))
 
 
 @dataclass(frozen=True)
