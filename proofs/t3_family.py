@@ -11,9 +11,10 @@ What w does as x -> 0 decides, since log pi / log x -> 1:
     w = 0 from some x on                            pi stays there                 stops
 
 Both limits are L'Hopital's rule: t(x) and log(1/x), or x^-b, grow without bound, and the ratio of their derivatives is
-(1 + x) / w, or (1 + x) x^b / (b w). So there is one limit to prove for each w, and closed forms of t(x) are derivatives to check.
-Weights of a response are those of a response of one token. NPO's linear against logarithmic collapse of a whole response is a
-theorem of its authors (arXiv:2404.05868); at one token it is the line of `npo` here.
+(1 + x) / w, or (1 + x) x^b / (b w). So there is one limit to prove for each w, and one derivative for each closed form of t(x).
+Weights of a response are those of a response of one token. That a whole response collapses linearly under gradient ascent and
+logarithmically under NPO is a theorem of NPO's authors (arXiv:2404.05868); at one token it is the line of `npo` here. CISPO is
+linear for epsilon_low < 1; from 1 on it has no lower bound, and w = rho, as TOPR's.
 """
 
 import math
@@ -43,6 +44,7 @@ from family_gradients import (
 from t3_collapse import x, x0
 from table2_constraints import KTO, lambda_u, logp_l, ref_l, z0
 
+ZERO, ONE = sp.Integer(0), sp.Integer(1)
 Settings = dict[sp.Symbol, float]
 DEFAULTS: Settings = {beta1: 5.0, beta2: 1.0, epsilon: 0.2, epsilon_low: 0.2, epsilon_high: 0.2, tau_neg: 1.05}
 DEFAULTS |= {delta: 0.2, most: 10.0, gamma: 0.0}
@@ -59,13 +61,13 @@ class Flow:
       power, k: w ~ k p^power as p -> 0.
       time: t at which the odds have fallen from x0 to x, where there is a closed form, with the hyper-parameters `at`.
       stop: the likelihood below which w is 0.
-      ranges: what to put for p, or r, so that it stands for every likelihood on the way; none: w is the published one everywhere.
+      ranges: what to put for p, or r, so that it stands for every likelihood on the way; by default nothing: w is valid.
       tail: w where p is small.
     """
 
     w: sp.Expr
-    power: sp.Expr = sp.Integer(1)
-    k: sp.Expr = sp.Integer(1)
+    power: sp.Expr = ONE
+    k: sp.Expr = ONE
     time: sp.Expr | None = None
     at: Settings = field(default_factory=dict)
     stop: sp.Expr | None = None
@@ -73,7 +75,6 @@ class Flow:
     tail: sp.Expr | None = None
 
 
-ZERO, ONE = sp.Integer(0), sp.Integer(1)
 BNF, LINEAR = p / (1 - p) * (1 - r) / r, t3_collapse.time_log_likelihood()
 TNPO = 2 * rho**beta / (1 + rho**beta)
 KTO_W = KTO.c_l.subs({logp_l: sp.log(p), ref_l: sp.log(r), z0: 0, lambda_u: 1})

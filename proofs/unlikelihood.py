@@ -51,7 +51,7 @@ def check(size: int) -> None:
             numerator(of["ce_u"] - of["unlikelihood"]),
         )
         prove(
-            f"BNF below its reference: d/dz_{k} is unlikelihood's over odds(pi_ref); at pi_ref = 1/2 they are equal, V = {size}",
+            f"BNF below its reference: d/dz_{k} is unlikelihood's over odds(pi_ref), the same at pi_ref = 1/2, V = {size}",
             "symbolic derivative, the dynamic target a constant; odds(1/2) = 1",
             numerator(of["bnf"] - of["unlikelihood"] * (1 - r) / r),
             numerator(of["bnf"].subs(r, sp.Rational(1, 2)) - of["unlikelihood"]),
