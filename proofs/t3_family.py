@@ -14,7 +14,8 @@ Both limits are L'Hopital's rule: t(x) and log(1/x), or x^-b, grow without bound
 (1 + x) / w, or (1 + x) x^b / (b w). So there is one limit to prove for each w, and one derivative for each closed form of t(x).
 Weights of a response are those of a response of one token. That a whole response collapses linearly under gradient ascent and
 logarithmically under NPO is a theorem of NPO's authors (arXiv:2404.05868); at one token it is the line of `npo` here. CISPO is
-linear for epsilon_low < 1; from 1 on it has no lower bound, and w = rho, as TOPR's.
+linear for epsilon_low < 1; from 1 on it has no lower bound, and w = rho, as TOPR's. DPPO stops for delta < pi_ref only; else
+its w is rho all the way.
 """
 
 import math
