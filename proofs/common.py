@@ -27,3 +27,7 @@ def vocabulary(size: int) -> tuple[list[sp.Symbol], list[sp.Expr]]:
 def for_each_size(check: Callable[[int], None], sizes: range = range(2, 7)) -> None:
     for size in sizes:
         check(size)
+
+
+def sigmoid(x: sp.Expr) -> sp.Expr:
+    return 1 / (1 + sp.exp(-x))

@@ -9,7 +9,8 @@ proved; those of the losses per token are claims of other files.
 from dataclasses import dataclass
 
 import sympy as sp
-from common import prove
+from common import prove, sigmoid
+from family_gradients import RESPONSE, TOKEN
 
 logp_w, logp_l, ref_w, ref_l = sp.symbols("logp_w logp_l ref_w ref_l", negative=True)
 len_w, len_l, beta, tau, lambda_, lambda_d, lambda_u = sp.symbols(
@@ -19,10 +20,6 @@ gamma, delta, alpha, z0 = sp.symbols("gamma delta alpha z0", real=True)
 r_w, r_l = logp_w - ref_w, logp_l - ref_l
 mean_w, mean_l = logp_w / len_w, logp_l / len_l
 INPUTS = (logp_w, logp_l, ref_w, ref_l, len_w, len_l)
-
-
-def sigmoid(x: sp.Expr) -> sp.Expr:
-    return 1 / (1 + sp.exp(-x))
 
 
 def log_odds(mean: sp.Expr) -> sp.Expr:
@@ -44,6 +41,10 @@ H_ORPO = log_odds(mean_w) - log_odds(mean_l)
 H_R_DPO = beta * (r_w - r_l) + alpha * (len_w - len_l)
 H_DPOP = beta * (r_w - r_l + lambda_ * r_w)  # below the reference, where max(0, -r_w) = -r_w
 H_SIMPO = beta * mean_w - beta * mean_l - gamma
+DPO_C = beta * sigmoid(beta * (r_l - r_w))
+MIXTURE = lambda_ * sp.exp(r_l) + 1 - lambda_  # BDPO's, over pi_ref
+C_BDPO = beta * sigmoid(beta * (sp.log(MIXTURE) - r_w))
+MARGIN_AVG = r_w / len_w - r_l / len_l - 1 / (2 * tau)
 
 CLAIMS: dict[str, list[Objective]] = {
     "nll_pll": [Objective(-logp_w + logp_l, sp.Integer(1), sp.Integer(1))],
@@ -51,14 +52,7 @@ CLAIMS: dict[str, list[Objective]] = {
         Objective(delta - logp_w + logp_l - lambda_ * logp_w, 1 + lambda_, sp.Integer(1), (delta, lambda_), "gap < delta"),
         Objective(-lambda_ * logp_w, lambda_, sp.Integer(0), (delta, lambda_), "gap > delta"),
     ],
-    "dpo": [
-        Objective(
-            -sp.log(sigmoid(beta * (r_w - r_l))),
-            beta * sigmoid(beta * (r_l - r_w)),
-            beta * sigmoid(beta * (r_l - r_w)),
-            (beta,),
-        )
-    ],
+    "dpo": [Objective(-sp.log(sigmoid(beta * (r_w - r_l))), DPO_C, DPO_C, (beta,))],
     "ipo": [
         Objective((r_w - r_l - 1 / (2 * tau)) ** 2, 2 * (1 / (2 * tau) + r_l - r_w), 2 * (1 / (2 * tau) + r_l - r_w), (tau,))
     ],
@@ -75,13 +69,7 @@ CLAIMS: dict[str, list[Objective]] = {
         )
     ],
     "dpop": [
-        Objective(
-            -sp.log(sigmoid(beta * (r_w - r_l))),
-            beta * sigmoid(beta * (r_l - r_w)),
-            beta * sigmoid(beta * (r_l - r_w)),
-            (beta, lambda_),
-            "r_w > 0",
-        ),
+        Objective(-sp.log(sigmoid(beta * (r_w - r_l))), DPO_C, DPO_C, (beta, lambda_), "r_w > 0"),
         Objective(
             -sp.log(sigmoid(H_DPOP)),
             beta * (1 + lambda_) * sigmoid(-H_DPOP),
@@ -89,6 +77,18 @@ CLAIMS: dict[str, list[Objective]] = {
             (beta, lambda_),
             "r_w < 0",
         ),
+    ],
+    "ipo_avg": [Objective(MARGIN_AVG**2, -2 * MARGIN_AVG / len_w, -2 * MARGIN_AVG / len_l, (tau,))],
+    "rpo": [
+        Objective(-sp.log(sigmoid(beta * (r_w - r_l))) - alpha * mean_w, DPO_C + alpha / len_w, DPO_C, (beta, alpha)),
+    ],
+    "bdpo": [
+        Objective(
+            -sp.log(sigmoid(beta * (r_w - sp.log(MIXTURE)))),
+            C_BDPO,
+            C_BDPO * lambda_ * sp.exp(r_l) / MIXTURE,
+            (beta, lambda_),
+        )
     ],
 }
 X_W, X_L = beta * (r_w - z0), beta * (r_l - z0)
@@ -108,12 +108,16 @@ CONTRASTIVE = Objective(
     (),
     "one token of each side, c = 2 sigmoid(beta (r_l - r_w))",
 )
-HERE = CLAIMS | {"kto": [KTO], "bnf_contrastive": [CONTRASTIVE]}
-PROOFS = dict.fromkeys(HERE, "table2_constraints.py") | {
-    "log_likelihood": "a1_nll_derivative.py",  # C = 1
-    "bnf": "t1_mixture.py",  # C = w
-    "bnf_binary": "t2_binary.py",  # the same gradient
-}
+HERE = CLAIMS | {"kto": [KTO], "kto_fixed": [KTO], "bnf_contrastive": [CONTRASTIVE]}  # z0 estimated or given: a constant
+PROOFS = (
+    dict.fromkeys(HERE, "table2_constraints.py")
+    | dict.fromkeys(TOKEN | RESPONSE, "family_gradients.py")
+    | {
+        "log_likelihood": "a1_nll_derivative.py",  # C = 1
+        "bnf": "t1_mixture.py",  # C = w
+        "bnf_binary": "t2_binary.py",  # the same gradient
+    }
+)
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ import plot_feedback_curve as script  # type: ignore[import-not-found]
 import plot_math_pair  # type: ignore[import-not-found]
 import pytest
 import sympy as sp
+import t3_family  # type: ignore[import-not-found]
 
-from bnf_core import reference
+from bnf_core import OBJECTIVES, objective_spec, reference
 
 
 def is_png(path: Path) -> bool:
@@ -25,6 +26,18 @@ def test_feedback_curve(tmp_path: Path) -> None:
         assert abs(float(nll.subs(p, likelihood)) - reference.nll_feedback(likelihood).item()) < 1e-15
         at = {p: sp.Rational(str(likelihood)), r: sp.Rational("0.3")}
         assert abs(float(bnf.subs(at)) - reference.bnf_feedback(likelihood, 0.3).item()) < 1e-15
+
+
+def test_feedback_of_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenwise = {name for name, f in OBJECTIVES.items() if objective_spec(f).per == "token"}
+    the_same = {"bnf_binary", "bnf_one_sided", "w_reinforce"}  # on a dispreferred token as another
+    assert script.FAMILY.keys() == tokenwise - the_same
+    path = tmp_path / "figure.png"
+    monkeypatch.setattr("sys.argv", ["plot_feedback_curve.py", "--family", str(path)])
+    script.main()
+    assert is_png(path)
+    worst = capsys.readouterr().out.splitlines()[0].removeprefix("autograd through bnf_core differs by at most ")
+    assert float(worst) < 1e-12
 
 
 def test_math_pair(tmp_path: Path) -> None:
@@ -43,6 +56,14 @@ def test_collapse(tmp_path: Path) -> None:
     assert is_png(tmp_path / "figure.png")
     fast, slow = plot_collapse.descend(False, 0.05), plot_collapse.descend(True, 0.05)
     assert fast[-1] < 1e-10 < 1e-3 < slow[-1]
+
+
+def test_collapse_of_the_family(tmp_path: Path) -> None:
+    """Descent in larger steps than the script's."""
+    worst = plot_collapse.draw_family(tmp_path / "figure.png", step=0.04)
+    assert is_png(tmp_path / "figure.png")
+    assert 1e-6 < worst < 0.03
+    assert plot_collapse.FAMILY.keys() == t3_family.FLOWS.keys() - {"bnf_one_sided", "w_reinforce"}
 
 
 def test_epsilon(tmp_path: Path) -> None:
