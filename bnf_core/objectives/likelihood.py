@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from bnf_core._checks import at_least_float32
 from bnf_core.batch import PairConstraint, PairLogps, TokenBatch, checked_pairs, pair_logps
 from bnf_core.objectives.registry import objective
 
@@ -26,7 +27,7 @@ __all__ = ["log_likelihood", "log_likelihood_constraint", "nll_pll", "nll_pll_co
 
 def log_likelihood_constraint(log_odds: Float[Tensor, " tokens"], ref_log_odds: object = None) -> Float[Tensor, " tokens"]:
     """1 for every token, however likely: what BNF's weight is where policy = reference."""
-    return torch.ones_like(log_odds)
+    return torch.ones_like(at_least_float32(log_odds))
 
 
 @objective(per="token", reference=False, constraint=log_likelihood_constraint, listed=True)
