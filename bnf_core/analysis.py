@@ -127,7 +127,7 @@ def argmax_mass(
     operand, softcap, logit_scale = _checked_head(hidden, weight, bias, softcap, logit_scale)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 token, got {chunk_size}.")
-    hidden, weight, bias = (x if x is None else x.detach() for x in (hidden, weight, bias))
+    hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     accumulate = torch.promote_types(operand, torch.float32)
     row_max = torch.full((len(hidden),), -torch.inf, dtype=accumulate, device=hidden.device)
     sumexp = torch.zeros_like(row_max)

@@ -157,8 +157,9 @@ def draw_displacement(result: dict[str, Any]) -> Figure:
     shares.set_title(f"(a) {title}", loc="left", fontsize=11)
     shares.set_xlabel(unit)
     _scatter(masses, series, "ref_argmax_mass", "argmax_mass")
-    masses.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=0)
-    masses.set_title("(b) Probability of the argmax token, mean over a response", loc="left", fontsize=11)
+    least = min(x for one in series for kind in ("ref_argmax_mass", "argmax_mass") for x in one.values[kind])
+    masses.plot([least, 1], [least, 1], color="0.6", linewidth=0.8, zorder=0)
+    masses.set_title("(b) Mean probability of the argmax token", loc="left", fontsize=11)
     masses.set(xlabel="under the reference", ylabel="under the policy")
     for axis in (shares, masses):
         axis.grid(alpha=0.3, axis="x" if axis is shares else "both")
