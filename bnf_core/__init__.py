@@ -11,7 +11,7 @@ The family             weights: what a gradient is multiplied by, of BNF and of 
 Every objective        OBJECTIVES by name (PAIRWISE: those with one loss per pair)
 One of your own        objective (a decorator that says what it is), objective_spec (what it said)
 Every constraint       constraints: C_w, C_l of each objective in closed form
-What training moved    analysis: shifts of log-likelihoods and logits, Gini, percentile bins (figures 3, 4)
+What training moved    analysis: shifts of log-likelihoods and logits, Gini, percentile bins (figures 3, 4), displacement
 """
 
 from bnf_core import analysis, constraints, reference

@@ -1,4 +1,5 @@
-"""What training moved: log-likelihood and logit shifts of responses, how unevenly tokens share them (figures 3 and 4).
+"""What training moved: log-likelihood and logit shifts of responses, how unevenly tokens share them (figures 3 and 4),
+and what likelihood displacement leaves behind: the share of tokens that fell, the probability of the argmax token.
 
 Vectors are flat over response tokens. `response` (tokens,) says which response each token belongs to, as in `TokenBatch`.
 """
@@ -20,7 +21,9 @@ from bnf_core._checks import (
 )
 
 __all__ = [
+    "argmax_mass",
     "bin_shares",
+    "displacement",
     "gini",
     "log_likelihood_shift",
     "logit_shift",
@@ -29,6 +32,9 @@ __all__ = [
     "token_log_likelihood_shift",
     "token_logit_shift",
 ]
+
+TILE = 2**22  # logits that `argmax_mass` holds at a time
+BLOCK = 2**13  # rows of the weight among them
 
 
 def target_logits(
@@ -66,36 +72,78 @@ def target_logits(
       >>> target_logits(hidden, weight, torch.tensor([1]))
       tensor([4.])
     """
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
-        raise ValueError(
-            "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
-        )
+    operand, softcap, logit_scale = _checked_head(hidden, weight, bias, softcap, logit_scale)
     labels = check_labels(labels, (hidden.shape[0],), weight.shape[0])
-    if bias is not None:
-        check_floating("bias", bias, (weight.shape[0],))
-    check_same_device(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if softcap is not None:
-        softcap = check_positive("softcap", softcap)
-    logit_scale = check_positive("logit_scale", logit_scale)
-    device, operand = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and operand != torch.float64:
-        operand = torch.get_autocast_dtype(device)
+    check_same_device(hidden=hidden, labels=labels)
     kept = (labels != IGNORE).nonzero().squeeze(-1)
     rows = labels[kept]
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         z = (
             at_least_float32(hidden.index_select(0, kept).to(operand))
             * at_least_float32(weight.index_select(0, rows).to(operand))
         ).sum(-1)
-        if bias is not None:
-            z = z + bias.index_select(0, rows).to(z.dtype)
-        z = z * logit_scale
-        if softcap is not None:
-            z = torch.where(z.isinf(), z, softcap * torch.tanh(z / softcap))  # tanh(inf) would be a sound logit
+        z = _logits(z, None if bias is None else bias.index_select(0, rows), softcap, logit_scale)
     return z.new_zeros(len(labels)).index_copy(0, kept, z)
+
+
+def argmax_mass(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, " tokens"]:
+    """Probability of the most likely token at each position: where mass goes that is pushed off unlikely tokens.
+
+    max_j pi_j = 1 / sum_j exp(z_j - max_k z_k),     z as in `target_logits`,
+
+    by one product with the vocabulary, a tile of logits at a time: the maximum and the sum run along.
+
+    Args:
+      hidden: last hidden states of response tokens only.
+      weight: the language-model head's weight.
+      bias, softcap, logit_scale: as for `linear_log_odds`.
+      chunk_size: tokens whose logits are held at a time, for 8,192 tokens of the vocabulary; None: so many that a tile has
+        4 million logits.
+
+    Returns:
+      From 1 / vocab to 1, a constant for gradients; float64 if an operand is, else float32, in the roundings of
+      `target_logits`. Tokens that tie for the maximum are counted once: two that share all mass give 0.5. A logit of -inf
+      is a token of no mass. NaN where a logit is NaN or +inf, or all are -inf.
+
+    Raises:
+      ValueError: wrong shape, dtype or device, or no token in a chunk.
+
+    Source: Ren and Sutherland, Learning Dynamics of LLM Finetuning (arXiv:2407.10490), "squeezing".
+
+    Example:
+      >>> import torch
+      >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 5.0], [1.0, -5.0]])
+      >>> argmax_mass(hidden, weight)  # logits (2, 1, 1): 1 / (1 + 2 / e)
+      tensor([0.5761])
+    """
+    operand, softcap, logit_scale = _checked_head(hidden, weight, bias, softcap, logit_scale)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1 token, got {chunk_size}.")
+    hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    accumulate = torch.promote_types(operand, torch.float32)
+    row_max = torch.full((len(hidden),), -torch.inf, dtype=accumulate, device=hidden.device)
+    sumexp = torch.zeros_like(row_max)
+    size = chunk_size or max(1, TILE // min(len(weight), BLOCK))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(weight), BLOCK):
+            block = slice(start, start + BLOCK)
+            rows = weight[block].to(operand).to(accumulate)
+            for chunk in (slice(first, first + size) for first in range(0, len(hidden), size)):
+                products = hidden[chunk].to(operand).to(accumulate) @ rows.T
+                z = _logits(products, None if bias is None else bias[block], softcap, logit_scale)
+                top = torch.maximum(row_max[chunk], z.amax(1))
+                base = top.masked_fill(top.isneginf(), 0).unsqueeze(1)  # -inf - -inf would be no number
+                sumexp[chunk] = sumexp[chunk] * (row_max[chunk] - base.squeeze(1)).exp() + (z - base).exp().sum(1)
+                row_max[chunk] = top
+    return torch.where(row_max.isneginf(), torch.nan, 1 / sumexp)
 
 
 def token_log_likelihood_shift(
@@ -197,6 +245,42 @@ def logit_shift(
       tensor([1.])
     """
     return _per_response(token_logit_shift(logits, ref_logits), response, normalized)
+
+
+def displacement(
+    log_odds: Float[Tensor, " tokens"],
+    ref_log_odds: Float[Tensor, " tokens"],
+    response: Int[Tensor, " tokens"],
+) -> Float[Tensor, " responses"]:
+    """Share of each response's tokens whose likelihood fell: 0 where none did, 1 where all did.
+
+    (1 / |y|) #{t : log pi_t < log pi_ref,t} = (1 / |y|) #{t : l_t < l_ref,t},
+
+    as log sigmoid ascends. A tie is no fall. A fall of any size counts, so two passes over one model that round differently
+    are told apart too: hold a share against one of an untrained policy before reading much into it.
+
+    Args:
+      log_odds, ref_log_odds: of each token under policy and reference, in nats; +inf where nothing else is possible.
+      response: index of the response that each token belongs to, from 0 to responses - 1, in any order; zeros for one share
+        of all tokens.
+
+    Returns:
+      float64 if an operand is, else float32.
+
+    Raises:
+      ValueError: as `log_likelihood_shift`.
+
+    Source: Razin et al., Unintentional Unalignment: Likelihood Displacement in DPO (arXiv:2410.08847).
+
+    Example:
+      >>> import torch
+      >>> log_odds, ref_log_odds = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0])
+      >>> displacement(log_odds, ref_log_odds, torch.tensor([0, 0, 1]))
+      tensor([0.5000, 0.0000])
+    """
+    log_odds, ref_log_odds = _checked("log_odds", log_odds, ref_log_odds, certain=True)
+    both = torch.promote_types(log_odds.dtype, ref_log_odds.dtype)
+    return _per_response((log_odds < ref_log_odds).to(both), response, True)
 
 
 def gini(values: Float[Tensor, " tokens"], response: Int[Tensor, " tokens"]) -> Float[Tensor, " responses"]:
@@ -319,6 +403,35 @@ def bin_shares(values: Float[Tensor, " tokens"], edges: Float[Tensor, " edges"])
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _checked_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> tuple[torch.dtype, float | None, float]:
+    """The dtype that operands are rounded to, and the checked softcap and scale."""
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
+        raise ValueError(
+            "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
+        )
+    if bias is not None:
+        check_floating("bias", bias, (weight.shape[0],))
+    check_same_device(hidden=hidden, weight=weight, bias=bias)
+    softcap = None if softcap is None else check_positive("softcap", softcap)
+    device, operand = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and operand != torch.float64:
+        operand = torch.get_autocast_dtype(device)
+    return operand, softcap, check_positive("logit_scale", logit_scale)
+
+
+def _logits(products: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    """z of h . w."""
+    z = (products if bias is None else products + bias.to(products.dtype)) * logit_scale
+    if softcap is None:
+        return z
+    return torch.where(z.isinf(), z, softcap * torch.tanh(z / softcap))  # tanh(inf) would be a sound logit
 
 
 def _checked(name: str, values: Tensor, ref_values: Tensor, certain: bool = False) -> tuple[Tensor, Tensor]:

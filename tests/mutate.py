@@ -45,7 +45,7 @@ FIRST |= {"roofline.py": "roofline", "head/layout.py": "layout", "_checks.py": "
 SWAP = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 NEGATE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 RENAME = {"min": "max", "max": "min", "amax": "amin", "expm1": "exp", "log1p": "log", "mean": "sum", "relu": "sigmoid"}
-SIZES = ("MIB", "BUDGETS", "WIDEST", "BLOCK", "WARPS", "DEVICES")  # assignments where any value gives the same numbers
+SIZES = ("MIB", "BUDGETS", "WIDEST", "BLOCK", "TILE", "WARPS", "DEVICES")  # assignments where any value gives the same numbers
 
 
 def mutations(node: ast.AST) -> Iterator[ast.AST]:

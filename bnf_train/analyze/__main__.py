@@ -4,8 +4,10 @@
     python -m bnf_train.analyze --policy runs/bnf --reference path/to/model --data held_out.jsonl --greedy 1000
 
 On the responses of the data, or (--greedy) on each policy's own greedy responses to the first prompts, as the paper does;
-then response lengths are reported too (table 5). Definitions with formulas: `bnf_core.analysis`. Writes analysis.json,
-figure3.png and figure4.png. One model is in memory at a time, and never its full logits.
+then response lengths are reported too (table 5). Beside the paper's figures stands likelihood displacement: the share of
+tokens whose likelihood fell, and the mean probability of the argmax token before and after. Definitions with formulas:
+`bnf_core.analysis`. Writes analysis.json, figure3.png, figure4.png and displacement.png. One model is in memory at a time, and
+never its full logits.
 """
 
 import argparse
@@ -55,7 +57,7 @@ def _analyze(arguments: list[str], failure: cli.Failure) -> None:
 def run(flags: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from bnf_train.analyze.figures import table, write
+    from bnf_train.analyze.figures import displacement_table, table, write
     from bnf_train.analyze.run import analyze  # imports transformers
 
     folder = Path(flags.output_dir)
@@ -69,7 +71,8 @@ def run(flags: argparse.Namespace) -> None:
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: {(error.strerror or str(error)).lower()}.") from error
     Console(highlight=False).print(table(result))
-    console.print(f"analysis.json, figure3.png and figure4.png in {folder}")
+    Console(highlight=False).print(displacement_table(result))
+    console.print(f"analysis.json, figure3.png, figure4.png and displacement.png in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an analysis shows: its table, and the paper's figures 3 and 4 drawn from its numbers."""
+"""What an analysis shows: its tables, the paper's figures 3 and 4 drawn from its numbers, and one of displacement."""
 
 import json
 from collections.abc import Sequence
@@ -18,6 +18,11 @@ METRICS = {  # of a response, in the order of figure 3 without its scatter
     "log_likelihood_shift_per_token": "log-likelihood shift, nats per token",
     "logit_shift_per_token": "absolute logit shift per token",
     "gini": "Gini coefficient",
+}
+DISPLACEMENT = {  # of a response; masses are means over its tokens
+    "displacement": "share of tokens whose likelihood fell",
+    "ref_argmax_mass": "probability of the argmax token under the reference",
+    "argmax_mass": "probability of the argmax token under the policy",
 }
 LABELS = {"preferred": True, "dispreferred": False}
 BINS = 10
@@ -39,18 +44,43 @@ def table(result: dict[str, Any]) -> Table:
     if is_greedy:
         lengths = result["reference_length"]
         out.add_row("reference", f"{lengths['mean']:.1f}\n({lengths['median']:.1f})")
+    _add_rows(out, result, ("tokens", *METRICS))
+    return out
+
+
+def displacement_table(result: dict[str, Any]) -> Table:
+    """As `table`: how many tokens fell, and whether the argmax token took their mass."""
+    out = Table(
+        title="Displacement",
+        caption="mean, (median) over responses; argmax: mean probability of the most likely token",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    out.add_column("policy", overflow="fold")
+    for heading in ("tokens whose\nlikelihood fell", "argmax,\nbefore", "argmax,\nafter"):
+        out.add_column(heading, justify="right")
+    _add_rows(out, result, tuple(DISPLACEMENT))
+    return out
+
+
+def _add_rows(out: Table, result: dict[str, Any], metrics: Sequence[str]) -> None:
+    """A row per policy; one per label of it where the data has labels."""
+    is_greedy = "reference_length" in result
     for name, policy in result["policies"].items():
         for group in [x for x in policy["summary"] if is_greedy or x != "all"]:
             of = policy["summary"][group]
-            cells = [f"{of[m]['mean']:{form(m)}}\n({of[m]['median']:{form(m)}})" for m in ("tokens", *METRICS)]
+            cells = [f"{of[m]['mean']:{form(m)}}\n({of[m]['median']:{form(m)}})" for m in metrics]
             out.add_row(f"{name}\n{of['responses']:,}{'' if is_greedy else f' {group}'}", *cells)
-    return out
 
 
 def form(metric: str) -> str:
     """Digits that a metric is printed with."""
+    if metric == "displacement":
+        return ".1%"
     sign = "+" if metric.startswith("log_likelihood") else ""
-    return sign + (".3f" if metric.endswith("per_token") or metric == "gini" else ".1f" if metric == "tokens" else ".2f")
+    fine = metric.endswith(("per_token", "argmax_mass")) or metric == "gini"
+    return sign + (".3f" if fine else ".1f" if metric == "tokens" else ".2f")
 
 
 # Okabe and Ito's colours, which the colour-blind tell apart; markers repeat what the colour says
@@ -62,6 +92,7 @@ PANELS = {
     "log_likelihood_shift_per_token": ("Log-likelihood shift, length-normalised", "nats per token"),
     "logit_shift_per_token": ("Absolute logit shift, length-normalised", "logit units per token"),
     "gini": ("Gini coefficient of token logit shifts", "0: all tokens alike,  1: a single token"),
+    "displacement": ("Tokens whose likelihood fell", "share of a response's tokens"),
 }
 
 
@@ -86,7 +117,8 @@ def series_of(result: dict[str, Any]) -> list[Series]:
             at = [i for i, x in enumerate(each.get("preferred", each["row"])) if not label or x is preferred]
             if at:
                 title = f"{name}, {label}" if label else name
-                found.append(Series(title, color, marker, preferred, {m: [each[m][i] for i in at] for m in METRICS}))
+                values = {m: [each[m][i] for i in at] for m in (*METRICS, *DISPLACEMENT)}
+                found.append(Series(title, color, marker, preferred, values))
     return found
 
 
@@ -102,10 +134,7 @@ def draw_figure3(result: dict[str, Any]) -> Figure:
             title, unit = PANELS[kind]
         else:
             title, unit = "Logit shift against log-likelihood shift", PANELS["log_likelihood_shift"][1]
-            for one in series:
-                face = one.color if one.filled else "none"
-                x, y = one.values["log_likelihood_shift"], one.values["logit_shift"]
-                axis.scatter(x, y, s=16, marker=one.marker, facecolors=face, edgecolors=one.color, linewidths=0.8, alpha=0.6)
+            _scatter(axis, series, "log_likelihood_shift", "logit_shift")
             axis.axvline(0, color="0.6", linewidth=0.8, zorder=0)
             axis.set_ylabel(PANELS["logit_shift"][1])
         axis.set_title(f"({letter}) {title}", loc="left", fontsize=11)
@@ -115,6 +144,35 @@ def draw_figure3(result: dict[str, Any]) -> Figure:
     _legend(figure, series, columns=min(len(result["policies"]), 6))
     figure.suptitle(_title(result), fontsize=13)
     return figure
+
+
+def draw_displacement(result: dict[str, Any]) -> Figure:
+    """a: a box a series of the share of tokens that fell; b: argmax mass after against before, above the diagonal where
+    the distribution became sharper."""
+    series = series_of(result)
+    figure = Figure(figsize=(11, 4.4 + 0.3 * len(series)), layout="constrained")
+    shares, masses = figure.subplots(1, 2)
+    _draw_boxes(shares, series, "displacement", named=True)
+    title, unit = PANELS["displacement"]
+    shares.set_title(f"(a) {title}", loc="left", fontsize=11)
+    shares.set_xlabel(unit)
+    _scatter(masses, series, "ref_argmax_mass", "argmax_mass")
+    least = min(x for one in series for kind in ("ref_argmax_mass", "argmax_mass") for x in one.values[kind])
+    masses.plot([least, 1], [least, 1], color="0.6", linewidth=0.8, zorder=0)
+    masses.set_title("(b) Mean probability of the argmax token", loc="left", fontsize=11)
+    masses.set(xlabel="under the reference", ylabel="under the policy")
+    for axis in (shares, masses):
+        axis.grid(alpha=0.3, axis="x" if axis is shares else "both")
+        axis.spines[["top", "right"]].set_visible(False)
+    _legend(figure, series, columns=min(len(result["policies"]), 6))
+    figure.suptitle(_title(result), fontsize=13)
+    return figure
+
+
+def _scatter(axis: Axes, series: Sequence[Series], kind_x: str, kind_y: str) -> None:
+    for one in series:
+        x, y, face = one.values[kind_x], one.values[kind_y], one.color if one.filled else "none"
+        axis.scatter(x, y, s=16, marker=one.marker, facecolors=face, edgecolors=one.color, linewidths=0.8, alpha=0.6)
 
 
 def _draw_boxes(axis: Axes, series: Sequence[Series], kind: str, named: bool) -> None:
@@ -141,7 +199,7 @@ def _draw_boxes(axis: Axes, series: Sequence[Series], kind: str, named: bool) ->
         axis.scatter(values, heights, s=5, color=one.color, alpha=0.3, linewidths=0, zorder=2)
     axis.set_yticks(places if named else [], [one.name for one in series] if named else [], fontsize=9)
     axis.set_ylim(places[-1] - 0.6, 0.6)
-    if kind == "gini":
+    if kind in ("gini", "displacement"):
         axis.set_xlim(-0.02, 1.02)
     elif kind.startswith("logit"):
         axis.set_xlim(left=0)
@@ -197,7 +255,8 @@ def draw_figure4(result: dict[str, Any]) -> Figure:
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
-    """analysis.json, figure3.png and figure4.png."""
+    """analysis.json, figure3.png, figure4.png and displacement.png."""
     (folder / "analysis.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw_figure3(result).savefig(folder / "figure3.png", dpi=120)
     draw_figure4(result).savefig(folder / "figure4.png", dpi=120)
+    draw_displacement(result).savefig(folder / "displacement.png", dpi=120)

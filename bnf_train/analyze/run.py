@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bnf_train import data
-from bnf_train.analyze.figures import METRICS
+from bnf_train.analyze.figures import DISPLACEMENT, METRICS
 from bnf_train.analyze.shifts import Sample, Scores, bins, report_of, scores, shifts
 from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
@@ -72,7 +72,7 @@ def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
         "responses": f"each policy's own, greedy, at most {flags.max_new_tokens} tokens" if flags.greedy else "of the data",
         "bf16": autocast is not None,
         "max_length": flags.max_length,
-        "units": METRICS,
+        "units": METRICS | DISPLACEMENT,
         "policies": {},
     }
     if flags.greedy:

@@ -1,4 +1,4 @@
-"""How far a policy moved from its reference on some responses: figures 3 and 4 as numbers."""
+"""How far a policy moved from its reference on some responses: figures 3 and 4, and displacement, as numbers."""
 
 import itertools
 import statistics
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bnf_core import analysis
-from bnf_train.analyze.figures import BINS, LABELS, METRICS
+from bnf_train.analyze.figures import BINS, DISPLACEMENT, LABELS, METRICS
 from bnf_train.data import Collator, Response
 from bnf_train.errors import UsageError
 from bnf_train.model.score import longest_first, score
@@ -29,18 +29,20 @@ class Sample:
 
 @dataclass
 class Scores:
-    """Log-odds and logit of each response token under one model, flat over the responses in their order; float32."""
+    """Of each response token under one model, flat over the responses in their order; float32."""
 
     log_odds: Tensor
     logits: Tensor
+    argmax_mass: Tensor  # probability of the most likely token in its place
 
 
 def scores(
     model: Any, sample: Sample, collator: Collator, device: torch.device, autocast: torch.dtype | None, batch_size: int
 ) -> Scores:
-    """Log-odds and target logits of every response token, from the same hidden states. `model` has the log-odds head.
+    """Log-odds, target logits and argmax mass of every response token, from the same hidden states.
 
-    Batches are those of the responses alone, so that two models are run alike, and equal ones give equal numbers.
+    `model` has the log-odds head. Batches are those of the responses alone, so that two models are run alike, and equal
+    ones give equal numbers.
 
     Raises:
       UsageError: NaN or infinite log-odds.
@@ -59,11 +61,12 @@ def scores(
                 f"row {row}: a response has NaN or infinite log-odds under {model.name_or_path}; look for "
                 "damaged weights, or leave out --bf16."
             )
-    return Scores(torch.cat(log_odds), torch.cat(logits))
+    mass = [x for i in range(len(values)) if (x := values[i].argmax_mass) is not None]
+    return Scores(torch.cat(log_odds), torch.cat(logits), torch.cat(mass))
 
 
 def shifts(sample: Sample, policy: Scores, reference: Scores) -> tuple[dict[str, list[float]], Tensor]:
-    """Each metric of each response (figure 3), and the log-likelihood shift of each token (figure 4)."""
+    """Each metric of each response (figure 3, displacement), and the log-likelihood shift of each token (figure 4)."""
     lengths = torch.tensor([r.tokens for r in sample.responses])
     response = torch.arange(len(lengths)).repeat_interleave(lengths)
     odds, logits = (policy.log_odds, reference.log_odds), (policy.logits, reference.logits)
@@ -73,8 +76,16 @@ def shifts(sample: Sample, policy: Scores, reference: Scores) -> tuple[dict[str,
         "log_likelihood_shift_per_token": analysis.log_likelihood_shift(*odds, response, normalized=True),
         "logit_shift_per_token": analysis.logit_shift(*logits, response, normalized=True),
         "gini": analysis.gini(analysis.token_logit_shift(*logits), response),
+        "displacement": analysis.displacement(*odds, response),
+        "ref_argmax_mass": _mean(reference.argmax_mass, lengths),
+        "argmax_mass": _mean(policy.argmax_mass, lengths),
     }
     return {name: x.tolist() for name, x in values.items()}, analysis.token_log_likelihood_shift(*odds)
+
+
+def _mean(values: Tensor, lengths: Tensor) -> Tensor:
+    """Of each response's tokens."""
+    return torch.stack([part.mean() for part in values.split(lengths.tolist())])
 
 
 def report_of(sample: Sample, values: dict[str, list[float]]) -> dict[str, Any]:
@@ -96,7 +107,7 @@ def _summary(each: dict[str, list[Any]], at: Sequence[int]) -> dict[str, Any]:
         values = [each[name][i] for i in at]
         return {"mean": statistics.fmean(values), "median": statistics.median(values)}
 
-    return {"responses": len(at)} | {name: both(name) for name in ("tokens", *METRICS)}
+    return {"responses": len(at)} | {name: both(name) for name in ("tokens", *METRICS, *DISPLACEMENT)}
 
 
 def bins(token_shifts: dict[str, Tensor], bins_of: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Scored:
     log_odds: Tensor
     entropy: Tensor
     logits: Tensor | None = None  # of the response's own tokens
+    argmax_mass: Tensor | None = None  # the probability of the most likely token
 
 
 @torch.no_grad()
@@ -43,11 +44,12 @@ def score(
       autocast: the dtype that matrix products are in; None leaves it to the weights.
       cache_weights: keep autocast's copies of the weights through a forward pass. FSDP2 frees weights behind each layer:
         False where the model may be sharded.
-      logits: the target tokens' logits, too, from the same hidden states.
+      logits: the target tokens' logits, and the mass of the argmax token, too, from the same hidden states; one more product
+        with the vocabulary.
       done: called with each batch when it is scored, for a progress bar.
     """
     result: list[Scored] = []
-    with evaluating(model), _target_logits(model if logits else None) as seen:
+    with evaluating(model), _of_logits(model if logits else None) as seen:
         for batch in batches:
             inputs = model_inputs(collator([Row("", [response]) for response in batch]))
             inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
@@ -88,13 +90,14 @@ def longest_first(lengths: Sequence[int], batch_size: int, together: Sequence[Ha
 
 
 @contextmanager
-def _target_logits(model: Any) -> Iterator[list[Tensor]]:
-    """A list to which every forward pass of the head adds the logits of its target tokens; of no model: an empty one."""
+def _of_logits(model: Any) -> Iterator[list[Tensor]]:
+    """A list to which every forward pass of the head adds target logits and argmax mass; of no model: an empty one."""
     seen: list[Tensor] = []
 
     def keep(head: Any, args: tuple[Any, ...]) -> None:
         hidden, labels = args[:2]
         seen.append(analysis.target_logits(hidden, head.weight, labels, **head.forward.options))
+        seen.append(analysis.argmax_mass(hidden, head.weight, **head.forward.options))
 
     if model is None:
         yield seen

@@ -18,6 +18,7 @@ from bnf_train.config import BNFConfig
 from bnf_train.report.curves import draw, plots
 from bnf_train.report.examples import TokenExample
 from bnf_train.report.html import page
+from bnf_train.training.displacement import alarms, starts
 from bnf_train.training.metrics import LABELS, Metric, shown
 
 # every run is described by these flags, and by the others that were changed
@@ -79,6 +80,9 @@ def write(
     """
     flags = {k: v for k, v in config.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
     metrics = {"config": flags, "held_out": held_out, "log": history}
+    notices = [alarm.sentence(config.objective) for alarm in alarms(history, starts(config))]
+    if notices:
+        metrics["alarms"] = notices
     if by_source:
         metrics["held_out_by_dataset"] = by_source
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -90,6 +94,7 @@ def write(
         title=f"{_name(config.model)}, aligned with {config.objective}",
         summary=f"One run on {_name(config.dataset)}: what it did to responses that it was not trained on.",
         tiles=_tiles(history, held_out),
+        notices=notices,
         result=result,
         history=history,
         settings=settings | versions,

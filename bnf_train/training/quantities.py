@@ -94,6 +94,11 @@ def clipped(scored: Scored) -> Tensor:
     return scored.batch.sum((scored.log_odds > scored.ref_log_odds).to(scored.log_odds.dtype))
 
 
+def fallen(scored: Scored) -> Tensor:
+    """Number of tokens whose likelihood is below the reference's; a tie is no fall. See `bnf_core.analysis.displacement`."""
+    return scored.batch.sum((scored.log_odds < scored.ref_log_odds).to(scored.log_odds.dtype))
+
+
 def entropy(scored: Scored) -> Tensor:
     """sum_t H(pi(. | x, y_<t)), nats."""
     assert scored.batch.entropy is not None

@@ -29,6 +29,7 @@ from bnf_train.data import Row, by_prompt, logical_tokens, model_inputs, passes
 from bnf_train.errors import UsageError
 from bnf_train.model.head import router_loss_coefficient
 from bnf_train.training import distributed, metrics
+from bnf_train.training.displacement import DisplacementAlarm
 from bnf_train.training.quantities import Responses, Scored, joined, measure
 from bnf_train.training.resume import ResumeMixin, rng_state, set_rng_state
 from bnf_train.training.weights_moved import WeightsMoved
@@ -75,6 +76,7 @@ class BNFTrainer(ResumeMixin, Trainer):
             distributed.wait_for_every_gradient(self.accelerator, self.model)
         self._weights_moved = WeightsMoved()
         self.add_callback(self._weights_moved)
+        self.add_callback(DisplacementAlarm())
         self.spec = objective_spec(objective)
         self.pairwise = self.spec.per == "pair" if pairwise is None else pairwise
         # one that no decorator has described is weighted by the rows' scores, too

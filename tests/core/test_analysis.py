@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import PairCase, Responses, pair_cases, responses
 from tolerances import assert_close, scale
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnf_core import analysis, linear_log_odds, token_log_odds
 
@@ -172,6 +173,144 @@ def test_what_stands_where_there_is_no_response_token_does_not_reach_the_gradien
     assert weight.grad.tolist() == [[0, 0], [1, 2]]
 
 
+# --- displacement: the share that fell, the mass of the argmax token ---------------------------------------------------
+
+
+@given(case=responses())
+def test_displacement_is_the_share_of_tokens_whose_likelihood_fell(case: Responses) -> None:
+    log_odds, ref_log_odds, _, _, response = flat(case)
+    shares = analysis.displacement(log_odds, ref_log_odds, response)
+    assert shares.dtype == log_odds.dtype
+    pairs = list(zip(log_odds.tolist(), ref_log_odds.tolist(), response.tolist(), strict=True))
+    for row, share in enumerate(shares.tolist()):
+        fell = [new < old for new, old, of in pairs if of == row]
+        assert share == pytest.approx(sum(fell) / len(fell), rel=1e-6)
+    moved = analysis.token_log_likelihood_shift(log_odds.double(), ref_log_odds.double())
+    if (moved.abs() > 1e-9).all():  # no tie, nor one that rounding makes
+        assert_close(analysis.displacement(ref_log_odds, log_odds, response) + shares, torch.ones_like(shares), units=4)
+    assert analysis.displacement(log_odds, log_odds, response).tolist() == [0] * len(shares)
+
+
+def test_displacement_known() -> None:
+    inf = math.inf
+    log_odds, ref_log_odds = torch.tensor([inf, 0.0, inf, 120.0, -1.0]), torch.tensor([inf, inf, 0.0, 130.0, -1.0])
+    # a tie, a fall, a rise; a fall that log sigmoid rounds to 0 on both sides; a tie
+    assert analysis.displacement(log_odds, ref_log_odds, torch.arange(5)).tolist() == [0, 1, 0, 1, 0]
+    assert analysis.displacement(log_odds, ref_log_odds, torch.zeros(5, dtype=torch.int32)).tolist() == pytest.approx([0.4])
+    mixed = analysis.displacement(log_odds.bfloat16(), ref_log_odds.double(), torch.arange(5))
+    assert (mixed.dtype, mixed.tolist()) == (torch.float64, [0, 1, 0, 1, 0])
+
+
+HEAD_OPTIONS = [{}, {"softcap": 3.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.7}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", HEAD_OPTIONS, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("block", "chunk_size"), [(4, 2), (11, None), (3, 9), (10, 1)], ids=str)
+def test_argmax_mass_is_that_of_the_whole_vocabulary(
+    dtype: torch.dtype,
+    options: dict[str, float],
+    has_bias: bool,
+    block: int,
+    chunk_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In tiles that end where tokens or vocabulary do not, against NumPy in float64 from the same operands."""
+    monkeypatch.setattr(analysis, "BLOCK", block)
+    hidden, weight, bias = (torch.randn(n, dtype=torch.float64).to(dtype) for n in ((9, 6), (11, 6), (11,)))
+    mass = analysis.argmax_mass(hidden, weight, bias=bias if has_bias else None, chunk_size=chunk_size, **options)
+    assert mass.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    h, w, b = (x.double().numpy() for x in (hidden, weight, bias))
+    full = options.get("logit_scale", 1.0) * (h @ w.T + (b if has_bias else 0))
+    if cap := options.get("softcap"):
+        full = cap * np.tanh(full / cap)
+    exact = torch.from_numpy(np.exp(log_softmax(torch.from_numpy(full))).max(-1))
+    assert_close(mass, exact, units=16, size=1 + float(np.abs(full).max()))
+
+
+logit = st.floats(-1e3, 1e3) | st.sampled_from([-math.inf, 0.0, 700.0, -1e300])
+
+
+@given(rows=st.lists(st.lists(logit, min_size=7, max_size=7), min_size=1, max_size=4), block=st.integers(1, 8), data=st.data())
+def test_argmax_mass_in_any_tiles(rows: list[list[float]], block: int, data: st.DataObject) -> None:
+    """Any logits, as biases of a head without weights: far apart, equal, ruled out, in any order of the blocks."""
+    hidden, weight = torch.zeros(len(rows), 1, dtype=torch.float64), torch.zeros(7, 1, dtype=torch.float64)
+    for row in rows:
+        z = torch.tensor(row, dtype=torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(analysis, "BLOCK", block)
+            size = data.draw(st.integers(1, 5))
+            mass = analysis.argmax_mass(hidden, weight, bias=z, chunk_size=size)
+        if max(row) == -math.inf:
+            assert mass.isnan().all()
+            continue
+        assert mass.tolist() == pytest.approx([z.softmax(0).max().item()] * len(rows), rel=1e-12)
+        assert ((mass > 0) & (mass <= 1)).all()
+
+
+def test_argmax_mass_of_ties_of_certainty_and_of_one_token() -> None:
+    def mass(*z: float) -> float:
+        return float(analysis.argmax_mass(torch.ones(1, 1), torch.tensor(z).unsqueeze(1)))
+
+    assert mass(2.0, 2.0, -math.inf) == 0.5  # two that tie: one of them
+    assert mass(1.0, 1.0, 1.0, 1.0) == 0.25
+    assert mass(0.0, 3e4) == 1
+    assert mass(-3e4, -math.inf) == 1
+    assert mass(5.0) == 1
+    assert analysis.argmax_mass(torch.zeros(0, 3), torch.zeros(4, 3)).tolist() == []
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["", "softcap"])
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_argmax_mass_of_broken_logits_is_nan(softcap: float | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in the vocabulary they stand; other tokens keep theirs."""
+    monkeypatch.setattr(analysis, "BLOCK", block)
+    for z in itertools.product((math.nan, math.inf, -math.inf, 1.0), repeat=3):
+        mass = analysis.argmax_mass(torch.ones(1, 1), torch.tensor(z).unsqueeze(1), softcap=softcap)
+        sound = 1.0 in z and not {math.nan, math.inf} & set(z)
+        assert mass.isnan().item() is not sound, z
+        assert not sound or mass.item() == pytest.approx(1 / z.count(1.0)), z
+    one_broken = analysis.argmax_mass(torch.tensor([[1.0], [math.nan]]), torch.zeros(3, 1), softcap=softcap)
+    assert one_broken[0].item() == pytest.approx(1 / 3)
+    assert one_broken[1].isnan()
+
+
+def test_argmax_mass_holds_a_tile_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "BLOCK", 50)
+    monkeypatch.setattr(analysis, "TILE", 500)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dim() == 2 and result.shape[1] > 3:  # not hidden states or weights
+                largest = max(largest, result.numel())
+            return result
+
+    hidden, weight = torch.randn(40, 3), torch.randn(120, 3, requires_grad=True)
+    with Watch():
+        mass = analysis.argmax_mass(hidden, weight)
+    assert largest == 500
+    assert not mass.requires_grad
+    torch.testing.assert_close(mass, (hidden @ weight.T).softmax(-1).amax(-1).detach())
+
+
+def test_argmax_mass_and_log_odds_are_of_one_distribution() -> None:
+    """The likelihood of the argmax token, under autocast too, where both round their operands."""
+    hidden, weight = torch.randn(5, 4), torch.randn(9, 4)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            z = torch.stack([analysis.target_logits(hidden, weight, torch.full((5,), j)) for j in range(9)], 1)
+            log_odds, _ = linear_log_odds(hidden, weight, z.argmax(1))
+            torch.testing.assert_close(analysis.argmax_mass(hidden, weight), log_odds.sigmoid())
+    wide = torch.randn(5, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = analysis.argmax_mass(wide, weight)
+    assert torch.equal(found, analysis.argmax_mass(wide, weight))
+
+
 # --- Gini (figure 3f) --------------------------------------------------------------------------------------------------
 
 shift_values = st.lists(st.floats(0, 1e3) | st.sampled_from([0.0, 1.0, 1e-300, 1e300]), min_size=1, max_size=12)
@@ -306,6 +445,15 @@ HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(4, 3)
         (lambda: analysis.target_logits(HIDDEN, WEIGHT, ROWS, bias=TWO), r"bias: expected shape \(4,\)"),
         (lambda: analysis.target_logits(HIDDEN, WEIGHT, ROWS, softcap=0.0), "softcap: expected a positive number"),
         (lambda: analysis.target_logits(HIDDEN, WEIGHT, ROWS, logit_scale=-1.0), "logit_scale: expected a positive number"),
+        (lambda: analysis.argmax_mass(HIDDEN, WEIGHT.T), r"hidden and weight: expected shapes"),
+        (lambda: analysis.argmax_mass(ROWS, WEIGHT), "hidden: expected a floating-point tensor"),
+        (lambda: analysis.argmax_mass(HIDDEN, WEIGHT, bias=TWO), r"bias: expected shape \(4,\)"),
+        (lambda: analysis.argmax_mass(HIDDEN, WEIGHT, softcap=-1.0), "softcap: expected a positive number"),
+        (lambda: analysis.argmax_mass(HIDDEN, WEIGHT, logit_scale=0.0), "logit_scale: expected a positive number"),
+        (lambda: analysis.argmax_mass(HIDDEN, WEIGHT, chunk_size=0), "chunk_size: expected at least 1 token, got 0"),
+        (lambda: analysis.displacement(TWO, NAN, ROWS), r"ref_log_odds: .* got nan at position \[1\]"),
+        (lambda: analysis.displacement(-INFINITE, TWO, ROWS), r"log_odds: .* got -inf at position \[1\]"),
+        (lambda: analysis.displacement(TWO, TWO, torch.tensor([0, 2])), "response: .* got none in row 1"),
     ],
 )
 def test_bad_input_is_named(call: Any, words: str, unchecked_shapes: None) -> None:

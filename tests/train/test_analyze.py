@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from bnf_train.analyze import __main__ as analyze
 from bnf_train.analyze import figures as analyze_figures
 from bnf_train.analyze import run as analyze_run
-from bnf_train.analyze.figures import METRICS
+from bnf_train.analyze.figures import DISPLACEMENT, METRICS
 from bnf_train.analyze.shifts import Sample, scores, shifts
 from bnf_train.data import Collator, Response
 from bnf_train.model.head import attach_log_odds_head
@@ -50,10 +50,15 @@ def analysed(tmp_path: Path, *flags: object) -> dict[str, Any]:
 
 def by_hand(model: Any, ids: list[int], prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi and z of each response token, from the full logits of one response alone."""
+    return by_hand_with_mass(model, ids, prompt_length)[:2]
+
+
+def by_hand_with_mass(model: Any, ids: list[int], prompt_length: int) -> tuple[torch.Tensor, ...]:
+    """The same, and max_j pi_j."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, prompt_length - 1 : -1].double()
     y = torch.tensor(ids[prompt_length:]).unsqueeze(1)
-    return logits.log_softmax(-1).gather(1, y)[:, 0], logits.gather(1, y)[:, 0]
+    return logits.log_softmax(-1).gather(1, y)[:, 0], logits.gather(1, y)[:, 0], logits.softmax(-1).amax(-1)
 
 
 def models(*folders: Path) -> list[Any]:
@@ -74,6 +79,8 @@ def test_a_policy_that_is_its_reference_has_not_moved(model_folder: Path, write_
     assert each["row"] == [1 + i // 2 for i in range(16)]
     for metric in METRICS:
         assert each[metric] == [0] * 16
+    assert each["displacement"] == [0] * 16  # ties are no falls
+    assert each["argmax_mass"] == each["ref_argmax_mass"]
     assert result["figure4"]["edges"] == [0] * 9
     assert result["figure4"]["shares"]["tiny"] == pytest.approx([0.1] * 10)
 
@@ -87,8 +94,11 @@ def test_shifts_are_those_of_full_logits(
     both, all_shifts = models(policy, model_folder), []
     for i, row in enumerate(SINGLES):
         ids, start = prompt_and_response(tokenizer, row["prompt"], row["completion"])
-        (logp, z), (ref_logp, z_ref) = (by_hand(model, ids, start) for model in both)
+        (logp, z, mass), (ref_logp, z_ref, ref_mass) = (by_hand_with_mass(model, ids, start) for model in both)
         shift, distance = logp - ref_logp, (z - z_ref).abs()
+        fell = (shift < 0).double()
+        displaced = [fell.mean().item(), ref_mass.mean().item(), mass.mean().item()]
+        assert [each[m][i] for m in DISPLACEMENT] == pytest.approx(displaced, rel=1e-4)
         all_shifts += shift.tolist()
         n = len(shift)
         difference = (distance.unsqueeze(0) - distance.unsqueeze(1)).abs().sum() / (2 * n * distance.sum())
@@ -102,6 +112,10 @@ def test_shifts_are_those_of_full_logits(
     for name, group in summary.items():
         values = [x for x, label in zip(each["gini"], each["preferred"], strict=True) if name in ("all", _label(label))]
         assert group["gini"] == pytest.approx({"mean": np.mean(values), "median": np.median(values)})
+        of_label = [i for i, label in enumerate(each["preferred"]) if name in ("all", _label(label))]
+        for m in DISPLACEMENT:
+            of = [each[m][i] for i in of_label]
+            assert group[m] == pytest.approx({"mean": np.mean(of), "median": np.median(of)})
 
 
 def _label(preferred: bool) -> str:
@@ -213,7 +227,7 @@ def test_one_model_at_a_time_and_figures(
     assert result["figure4"]["shares"]["more"] == pytest.approx([0.1] * 10, abs=0.01)
     assert sum(result["figure4"]["shares"]["moved"]) == pytest.approx(1)
     assert max(result["figure4"]["shares"]["moved"]) > 0.15  # in the middle, as it moved less
-    for name in ("figure3.png", "figure4.png"):
+    for name in ("figure3.png", "figure4.png", "displacement.png"):
         picture = imread(tmp_path / "out" / name)
         assert picture.shape[1] > 1000
         assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
@@ -227,7 +241,19 @@ def test_one_model_at_a_time_and_figures(
     assert "8 dispreferred" in printed  # the label stands in one piece
     assert f"{of['log_likelihood_shift']['mean']:+.2f}" in printed
     assert f"({of['gini']['median']:.3f})" in printed
+    displaced = printed[printed.index("Displacement") :]
+    for number in (
+        f"{of['displacement']['mean']:.1%}",
+        f"{of['ref_argmax_mass']['mean']:.3f}",
+        f"{of['argmax_mass']['mean']:.3f}",
+    ):
+        assert number in displaced
     assert max(map(len, printed[printed.index("Shifts from") :].splitlines()[:-2])) <= 80
+    figure = analyze_figures.draw_displacement(result)
+    assert [axis.get_title(loc="left")[:3] for axis in figure.axes] == ["(a)", "(b)"]
+    drawn = [collection.get_offsets().data[0].tolist() for collection in figure.axes[1].collections]
+    more = result["policies"]["more"]["responses"]
+    assert drawn[2] == [more["ref_argmax_mass"][0], more["argmax_mass"][0]]
 
 
 def test_bad_input_is_one_sentence(

@@ -104,6 +104,7 @@ def expected(ones: list[One]) -> dict[str, float]:
             f"entropy/{label}": fmean(x for one in these for x in one.entropy),
             f"bnf/weight_mean/{label}": fmean(min(1, math.exp(x - ref)) for x, ref in pairs),
             f"bnf/weight_clipped/{label}": fmean(x > ref for x, ref in pairs),
+            f"displacement/{label}": fmean(x < ref for x, ref in pairs),
             f"rewards/{SIDES[label]}": BETA * fmean(one.shift for one in these),
             f"logps/{SIDES[label]}": fmean(one.logp for one in these),
         }

@@ -46,7 +46,7 @@ def some_history() -> tuple[list[dict[str, Any]], dict[str, float]]:
     for sign, label in zip((1, -1), LABELS, strict=True):
         held_out |= {f"eval_responses/{label}": 4, f"eval_tokens/{label}": 4321, f"eval_logp_per_token/{label}": -1.5 + sign}
         held_out |= {f"eval_logp_shift_per_token/{label}": sign / 4, f"eval_bnf/weight_mean/{label}": 0.8}
-        held_out |= {f"eval_bnf/weight_clipped/{label}": 0.4}
+        held_out |= {f"eval_bnf/weight_clipped/{label}": 0.4, f"eval_displacement/{label}": 0.3}
     history: list[dict[str, Any]] = []
     for step in range(1, 6):
         log = {"step": step, "epoch": step / 5, "loss": 1 / step, "grad_norm": 2.0, "learning_rate": 1e-5 * step}
@@ -86,7 +86,7 @@ def test_the_report_in_a_browser_on_a_phone(page: Any, written: Path) -> None:
     assert page.evaluate("innerWidth") == 360
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("[...document.querySelectorAll('body *')].every(e => e.getBoundingClientRect().right <= 360.5)")
-    assert page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth > 0).length") == 10  # the curves
+    assert page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth > 0).length") == 11  # the curves
     assert page.evaluate("[...document.querySelectorAll('article')].map(a => a.querySelectorAll('.t').length)") == [8] * 8
 
     first = "document.querySelector('article').querySelectorAll('.t')"
@@ -155,6 +155,19 @@ def test_the_file_needs_nothing_else_and_escapes_all_text(written: Path) -> None
     metrics = json.loads((written / "metrics.json").read_text())
     assert metrics["held_out"]["eval_loss"] == 0.1
     assert (written / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_alarm_stands_on_top_and_in_the_metrics(config: BNFConfig, tmp_path: Path) -> None:
+    history, held_out = some_history()
+    for fall, log in enumerate([log for log in history if "eval_loss" in log]):
+        log["eval_logp_shift_per_token/preferred"] = -0.1 * fall
+    report.write(tmp_path, config, history, held_out)
+    (alarm,) = json.loads((tmp_path / "metrics.json").read_text())["alarms"]
+    assert "-0.1000, -0.2000, -0.3000 nats per token" in alarm
+    assert f'<p class="card notice">{alarm}</p>' in (tmp_path / "report.html").read_text()
+    report.write(tmp_path, config, *some_history())
+    assert "alarms" not in json.loads((tmp_path / "metrics.json").read_text())
+    assert "card notice" not in (tmp_path / "report.html").read_text()
 
 
 def test_colors() -> None:

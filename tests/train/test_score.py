@@ -55,6 +55,9 @@ def test_scores_are_those_of_each_responses_own_logits(packed: bool, batch_size:
         torch.testing.assert_close(found.entropy, entropy, rtol=1e-4, atol=1e-4)
         assert found.logits is not None
         torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-4)
+        assert found.argmax_mass is not None
+        mass = full.softmax(-1).amax(-1)[0, response.prompt_length - 1 :]
+        torch.testing.assert_close(found.argmax_mass, mass, rtol=1e-4, atol=1e-5)
         assert not found.log_odds.requires_grad
 
 
