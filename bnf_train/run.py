@@ -58,7 +58,8 @@ def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCa
     rows = _read(config, resumed, console)
     objective, pairwise = _objective(config, rows)
     if objective_spec(objective).reference_point:
-        rows.mismatched += [*mismatch(rows.train, config.max_length), *mismatch(rows.held_out, config.max_length)]
+        for part in (rows.train, rows.held_out):
+            rows.mismatched.extend(mismatch(part, config.max_length))
     model, collator, reference_seconds = _score(config, rows, resumed, console)
     transformers.set_seed(config.seed)  # whether the reference pass drew random numbers or found its cache
     trainer = BNFTrainer(

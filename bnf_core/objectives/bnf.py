@@ -154,7 +154,7 @@ def bnf_one_sided(
       >>> bnf(torch.full((2,), -1.0), batch), bnf_one_sided(torch.full((2,), -1.0), batch)
       (tensor([ 0.4831, -0.4831]), tensor([ 1.3133, -0.4831]))
     """
-    return bnf.objective_spec.token_loss(log_odds, sign, ref_log_odds, side="dispreferred")
+    return -sign * _one_sided_constraint(log_odds, ref_log_odds, sign) * F.logsigmoid(log_odds)
 
 
 @objective(per="token", constraint=bnf_weight, listed=True)

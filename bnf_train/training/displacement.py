@@ -27,7 +27,9 @@ class Alarm:
 
     def sentence(self, objective: str = "") -> str:
         """The numbers, what they mean, and what to do."""
-        hold_back = "" if objective.startswith("bnf") else ", or take an objective that holds back, --objective bnf"
+        hold_back = ", or take an objective that holds back, --objective bnf"
+        if objective.startswith("bnf"):
+            hold_back = ", or leave preferred responses their likelihood, --side dispreferred" * (objective == "bnf")
         return (
             f"Held-out preferred responses became less likely at {IN_A_ROW} evaluations in a row: "
             f"{', '.join(f'{shift:+.4f}' for shift in self.shifts)} nats per token from the reference at steps "
