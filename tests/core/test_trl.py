@@ -79,6 +79,7 @@ def of_grpo(log_odds: Tensor, batch: TokenBatch, loss_type: str, **told: float) 
     )
     kind, own = trainer(
         "GRPO", loss_type=loss_type, beta=0.0, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        _entropy_bonus_enabled=False, use_adaptive_entropy=False,
         importance_sampling_level="token", current_gradient_accumulation_steps=1, args=args, **told,
     )  # fmt: skip
     total = torch.zeros((), dtype=torch.float64)

@@ -143,7 +143,10 @@ def test_lambda_is_a_word_that_python_keeps_for_itself() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--objective", "rdpo"], r"--objective rdpo: expected one of bnf, .*path/to/file.py:function; the nearest is r_dpo\."),
+        (
+            ["--objective", "rdpo"],
+            r"--objective rdpo: expected one of bdpo, bnf, .*path/to/file.py:function; the nearest is r_dpo\.",
+        ),
         (["--objective", "dpo", "--gamma", "1"], "--gamma: --objective dpo has no such hyper-parameter; it has --beta"),
         (["--beta", "1"], "--beta: --objective bnf has no such hyper-parameter; it has --side"),
         (["--side", "left"], "--objective bnf: side: expected one of both, dispreferred, got 'left'"),
