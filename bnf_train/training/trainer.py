@@ -140,6 +140,7 @@ class BNFTrainer(ResumeMixin, Trainer):
                 ratios = sequence_logps(log_odds, of) - sequence_logps(inputs["ref_log_odds"], of)
                 total += torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
         model.train(training)
+        distributed.reshard(model)
         summed, count = self.accelerator.reduce(total, "sum")
         return (summed / count.clamp(min=1)).clamp(min=0)
 
