@@ -275,18 +275,18 @@ class Checks:
         default=None,
         metadata={
             "metavar": "NAME",
-            "help": "Count them, before and after, by this check. Which says whether an answer is right: number (its last number "
-            "is that of the row's column answer), exact (it is that), contains (that stands in it), regex=PATTERN (found in "
-            "it), math_verify (the package), or a function of your own, (prompt, answer, row) -> bool or a share of right, as "
-            "module:function or path/to/file.py:function.",
+            "help": "Count them, before and after, by this check. Which says whether an answer is right: number (its last "
+            "number is that of the row's column answer), exact (it is that), contains (that stands in it), regex=PATTERN "
+            "(found in it), math_verify (the package), or a function of your own, (prompt, answer, row) -> bool or a share "
+            "of right, as module:function or path/to/file.py:function.",
         },
     )
     check_dataset: str | None = field(
         default=None,
         metadata={
             "metavar": "FILE",
-            "help": "Prompts to ask, in place of held-out ones. Rows as --dataset, or with a column prompt (or question) alone, and those that the check reads; "
-            "they are counted apart by the column group. Default: the held-out rows.",
+            "help": "Prompts to ask, in place of held-out ones. Rows as --dataset, or with a column prompt (or question) alone "
+            "beside those that the check reads; they are counted apart by the column group.",
         },
     )
     check_rows: int = field(default=200, metadata={"help": "At most so many prompts. Drawn by --seed."})

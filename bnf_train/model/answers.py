@@ -117,9 +117,10 @@ def read_questions(
     room = math.inf if context is None else context - questions.max_new_tokens
     fitting = [prompt for prompt in found if len(prompt.ids) <= room]
     if not fitting:
+        shortest = min(len(prompt.ids) for prompt in found)
         raise UsageError(
-            f"--check_max_new_tokens {questions.max_new_tokens}: the model was made for {context} tokens in all, and the shortest "
-            f"prompt of {name} has {min(len(prompt.ids) for prompt in found)}; lower it."
+            f"--check_max_new_tokens {questions.max_new_tokens}: the model was made for {context} tokens in all, and the "
+            f"shortest prompt of {name} has {shortest}; lower it."
         )
     places = sorted(random.Random(questions.seed).sample(range(len(fitting)), min(rows, len(fitting))))
     chosen = [fitting[place] for place in places]
@@ -128,8 +129,9 @@ def read_questions(
     again = sum(prompt.key in trained_on for prompt in chosen) if source else 0
     seen = f"; {again:,} of them are trained on, too" if again else ""
     console.print(
-        f"--check {check}: {len(chosen):,} of {several:,} prompts of {name}{left}, a greedy answer and {questions.samples} samples "
-        f"each at temperature {questions.temperature:g}, in {_number(len(set(groups)), 'group')}{seen}."
+        f"--check {check}: {len(chosen):,} of {_number(several, 'prompt')} of {name}{left}, in "
+        f"{_number(len(set(groups)), 'group')}{seen}; to each a greedy answer and {_number(questions.samples, 'sample')} at "
+        f"temperature {questions.temperature:g} (--seed {questions.seed})."
     )
     return Questions(questions.check, chosen, groups, **how)
 

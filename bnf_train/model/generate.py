@@ -53,7 +53,10 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     result: dict[int, Generated] = {}
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with _generating(model, tokenizer, max_new_tokens, sampling) as run, torch.random.fork_rng(devices, enabled=seed is not None):
+    with (
+        _generating(model, tokenizer, max_new_tokens, sampling) as run,
+        torch.random.fork_rng(devices, enabled=seed is not None),
+    ):
         if seed is not None:
             torch.manual_seed(seed)
         for batch in longest_first([len(prompt) for prompt in prompts], batch_size):
@@ -168,7 +171,10 @@ def _generating(
             result.append(Generated(tokens[:end], tokens[end - 1] not in ends))
         return result
 
-    with evaluating(model):
+    with (
+        evaluating(model),
+        torch.compiler.set_stance("force_eager"),
+    ):  # compiled layers would be compiled anew as the cache grows
         model.generation_config = config
         try:
             yield run
