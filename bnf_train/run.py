@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from bnf_core import Objective, objective_spec
 from bnf_train import cli, demo, objectives, report
-from bnf_train.checks import log_values
+from bnf_train.checks import Asked, log_values
 from bnf_train.config import BNFConfig, resumes
 from bnf_train.data import (
     RULES,
@@ -46,11 +46,14 @@ from bnf_train.training.trainer import BNFTrainer
 from bnf_train.training.tryout import try_out
 
 
-def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> BNFTrainer:
+def run(
+    config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = (), ask_before: bool = True
+) -> BNFTrainer:
     """From rows to report; its trainer, with the trained model.
 
     Args:
       embedded: no flag was given: say that the model is the embedded one.
+      ask_before: --check counts right answers before training, too, not only after it.
     """
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
     if config.model == str(demo.MODEL):
@@ -66,7 +69,9 @@ def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCa
         rows.mismatched += [*mismatch(rows.train, config.max_length), *mismatch(rows.held_out, config.max_length)]
     questions = _questions(config, rows, console)
     model, collator, reference_seconds = _score(config, rows, resumed, console)
-    measured = _ask_before(model, config, rows, questions, resumed, console)
+    measured = None if questions is None else Measured(questions)
+    if measured is not None and ask_before:
+        measured.before = _ask_before(model, config, rows, measured.questions, resumed)
     log_right = [] if measured is None else [LogRight(measured, config.check_steps)]
     transformers.set_seed(config.seed)  # whether the reference pass drew random numbers or found its cache
     trainer = BNFTrainer(
@@ -165,20 +170,11 @@ def _questions(config: BNFConfig, rows: _Rows, console: Console) -> Questions | 
 
 
 def _ask_before(
-    model: PreTrainedModel,
-    config: BNFConfig,
-    rows: _Rows,
-    questions: Questions | None,
-    resumed: Path | None,
-    console: Console,
-) -> Measured | None:
-    """What is right before training; of a resumed run, what its first part has measured."""
-    if questions is None:
-        return None
-    before = taken_over(resumed, questions) if resumed else None
-    if before is None:
-        before = ask_untrained(model, rows.tokenizer, questions, config)
-    return Measured(questions, before)
+    model: PreTrainedModel, config: BNFConfig, rows: _Rows, questions: Questions, resumed: Path | None
+) -> list[Asked]:
+    """The answers before training; of a resumed run, what its first part has measured."""
+    kept_before = taken_over(resumed, questions) if resumed else None
+    return ask_untrained(model, rows.tokenizer, questions, config) if kept_before is None else kept_before
 
 
 def _score(config: BNFConfig, rows: _Rows, resumed: Path | None, console: Console) -> tuple[PreTrainedModel, Collator, float]:

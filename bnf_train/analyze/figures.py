@@ -47,6 +47,28 @@ def table(result: dict[str, Any]) -> Table:
     return out
 
 
+def right_table(right: dict[str, Any]) -> Table:
+    """Right answers of every model, with intervals below; narrow enough for 80 columns."""
+    out = Table(
+        title="Right answers, greedy and sampled",
+        caption="in brackets 95 % intervals over prompts",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    out.add_column("group", overflow="fold")
+    out.add_column("model", overflow="fold")
+    names = [n for n in next(iter(next(iter(right["models"].values())).values())) if n != "prompts" and "_" not in n]
+    for name in (*names, "tokens"):
+        out.add_column(name, justify="right")
+    for group in next(iter(right["models"].values())):
+        for model, groups in right["models"].items():
+            of = groups[group]
+            cells = [f"{of[n]['value']:.1%}\n({100 * of[n]['low']:.1f} … {100 * of[n]['high']:.1f})" for n in names]
+            out.add_row(f"{group} ({of['prompts']:,})", model, *cells, f"{of['greedy_tokens']['value']:.1f}")
+    return out
+
+
 def form(metric: str) -> str:
     """Digits that a metric is printed with."""
     sign = "+" if metric.startswith("log_likelihood") else ""

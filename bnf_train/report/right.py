@@ -65,7 +65,8 @@ def right_table(right: Right) -> Table:
         result.add_column(name, justify="right")
     shown = ""
     for line in lines(right):
-        result.add_row(line.group if line.group != shown else "", *line[1:])
+        cells = (cell.replace(" (", "\n(") for cell in line[2:])  # fits 80 columns
+        result.add_row(line.group.replace(" (", "\n(") if line.group != shown else "", line.what, *cells)
         shown = line.group
     return result
 
