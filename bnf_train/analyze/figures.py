@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 METRICS = {  # of a response, in the order of figure 3 without its scatter
@@ -65,7 +66,7 @@ def right_table(right: dict[str, Any]) -> Table:
         for model, groups in right["models"].items():
             of = groups[group]
             cells = [f"{of[n]['value']:.1%}\n({100 * of[n]['low']:.1f} … {100 * of[n]['high']:.1f})" for n in names]
-            out.add_row(f"{group} ({of['prompts']:,})", model, *cells, f"{of['greedy_tokens']['value']:.1f}")
+            out.add_row(escape(f"{group} ({of['prompts']:,})"), escape(model), *cells, f"{of['greedy_tokens']['value']:.1f}")
     return out
 
 

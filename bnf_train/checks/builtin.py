@@ -19,11 +19,11 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
     rf"""
     (?<![\w.])                                           # not within a word or a number
-    (?P<sign>(?<![\w)\]}}.])[-\u2212+]\s?(?=[$€£\d.])|)   # a sign, no hyphen and no minus between two numbers
+    (?P<sign>(?<![\w)\]}}.])[-\u2212+](?=[$€£\d.])|)   # a sign, no hyphen and no minus between two numbers
     [$€£]?\s?(?P<more>[-\u2212]?)
     (?:(?P<whole>\d+)\s+(?=\d+/))?                       # of a mixed number, as in 1 1/2
     (?P<number>{_DIGITS})
-    (?:\s?/\s?(?P<over>0*[1-9]\d*)(?![\d/.,]*\d))?       # a fraction, not a date
+    (?P<over>(?:\s?/\s?\d+)*)                            # a fraction, or a date
     (?P<power>[eE][-+]?\d{{1,3}}(?!\w))?
     """,
     re.VERBOSE,
@@ -74,7 +74,10 @@ def last_number(text: str) -> Fraction | None:
 
 
 def _value(match: re.Match[str]) -> Fraction:
-    value = Fraction(match["number"].replace(",", "")) / int(match["over"] or 1) * _power(match["power"])
+    over = [int(part) for part in re.findall(r"\d+", match["over"])]
+    if len(over) > 1 or over == [0]:  # no fraction: the last of several numbers
+        return Fraction(over[-1])
+    value = Fraction(match["number"].replace(",", "")) / (over[0] if over else 1) * _power(match["power"])
     value += int(match["whole"] or 0)
     negative = (match["sign"].strip() in ("-", "\u2212")) != bool(match["more"])
     return -value if negative else value

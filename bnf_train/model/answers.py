@@ -131,7 +131,8 @@ def read_questions(
     console.print(
         f"--check {check}: {len(chosen):,} of {_number(several, 'prompt')} of {name}{left}, in "
         f"{_number(len(set(groups)), 'group')}{seen}; to each a greedy answer and {_number(questions.samples, 'sample')} at "
-        f"temperature {questions.temperature:g} (--seed {questions.seed})."
+        f"temperature {questions.temperature:g} (--seed {questions.seed}).",
+        markup=False,  # a pattern may have brackets
     )
     return Questions(questions.check, chosen, groups, **how)
 
@@ -142,7 +143,7 @@ def _of_source(
     found, counts = prompts(read_prompts(source), tokenizer, source, rules, options)
     counts.unused = []
     for sentence in counts.sentences(rules or Rules()):
-        console.print(f"  {sentence}")
+        console.print(f"  {sentence}", markup=False)
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from bnf_train.checks import GREEDY, SAMPLED
@@ -66,7 +67,7 @@ def right_table(right: Right) -> Table:
     shown = ""
     for line in lines(right):
         cells = (cell.replace(" (", "\n(") for cell in line[2:])  # fits 80 columns
-        result.add_row(line.group.replace(" (", "\n(") if line.group != shown else "", line.what, *cells)
+        result.add_row(escape(line.group).replace(" (", "\n(") if line.group != shown else "", line.what, *cells)
         shown = line.group
     return result
 
