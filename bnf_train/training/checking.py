@@ -33,11 +33,13 @@ def ask_untrained(model: Any, tokenizer: Any, questions: Questions, config: BNFC
 def ask_trained(trainer: BNFTrainer, questions: Questions, what: str) -> list[Asked]:
     """The answers of the model that is trained; every process of a run calls this."""
     config: Any = trainer.args
-    return ask(
+    found = ask(
         trainer.model, trainer.processing_class, questions, config.device, _autocast(config),
         process=config.process_index, processes=config.world_size,
         sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, progress=_bar(config, what),
     )  # fmt: skip
+    distributed.reshard(trainer.model)
+    return found
 
 
 def _autocast(config: BNFConfig) -> torch.dtype | None:

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
@@ -237,6 +237,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
         yield
+
+
+def reshard(model: nn.Module) -> None:
+    """After forward passes outside training: FSDP2 leaves the root's weights whole until the next backward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def compile_layers(model: PreTrainedModel, backend: str, mode: str | None) -> None:
