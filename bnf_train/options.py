@@ -286,7 +286,8 @@ class Checks:
         metadata={
             "metavar": "FILE",
             "help": "Prompts to ask, in place of held-out ones. Rows as --dataset, or with a column prompt (or question) alone "
-            "beside those that the check reads; they are counted apart by the column group.",
+            "beside those that the check reads; the test split where there is one. They are counted apart by the column group. "
+            "Default: the held-out rows.",
         },
     )
     check_rows: int = field(default=200, metadata={"help": "At most so many prompts. Drawn by --seed."})

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer
 
 from bnf_train.model.score import evaluating, longest_first
 
@@ -108,8 +117,7 @@ def greedy_and_sampled(
                 for sample in range(each)
             ]
             drawn = _Drawn(draws, temperature, device)
-            options = {"logits_processor": LogitsProcessorList([drawn]), "synced_gpus": sharded}
-            found = run([prompts[i] for i in batch for _ in range(each)], device, autocast, cache_weights, **options)
+            found = run([prompts[i] for i in batch for _ in range(each)], device, autocast, cache_weights, drawn, sharded)
             result |= {i: found[at * each : (at + 1) * each] for at, i in enumerate(batch)}
             if done is not None:
                 done(len(batch))
@@ -130,6 +138,13 @@ class _Drawn(LogitsProcessor):
         self.uniform = torch.tensor(np.array([uniform[row] for row in drawn]), dtype=self.dtype, device=device)
         self.temperature, self.step = temperature, 0
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows alone."""
+        place = {int(row): at for at, row in enumerate(self.rows)}
+        self.uniform = self.uniform[[place[row] for row in rows if row in place]]
+        drawn = [at for at, row in enumerate(rows) if row in place]
+        self.rows = torch.tensor(drawn, dtype=torch.long, device=self.rows.device)
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not len(self.rows):
             return scores
@@ -142,42 +157,94 @@ class _Drawn(LogitsProcessor):
         return scores.index_copy(0, self.rows, only)
 
 
-@contextmanager
-def _generating(
-    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, sampling: dict[str, Any]
-) -> Iterator[Callable[..., list[Generated]]]:
-    """Within: a function from the prompts of a batch, the longest first, to their responses, in evaluation mode."""
-    pad, ends, own = int(tokenizer.pad_token_id or 0), end_tokens(model, tokenizer), model.generation_config
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=pad, **{"do_sample": False} | sampling
-    )
+class _HalfHaveEnded(StoppingCriteria):
+    """Stops all rows once half of them have ended."""
 
-    def run(
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends
+        self.ended: Any = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.ended = self.ended | torch.isin(input_ids[:, -1], self.ends)
+        return (self.ended.float().mean() >= 0.5).expand(len(input_ids))
+
+
+class _Batches:
+    """Prompts of a batch to responses, by `model.generate`."""
+
+    def __init__(self, model: Any, pad: int, ends: set[int], max_new_tokens: int) -> None:
+        self.model, self.pad, self.ends, self.max_new_tokens = model, pad, ends, max_new_tokens
+        self.drops = False  # rows that have ended: whether the model's cache can do without them, the first batch shows
+
+    def __call__(
+        self,
         prompts: Sequence[Sequence[int]],
         device: torch.device,
         autocast: torch.dtype | None,
         cache_weights: bool = True,
-        **options: Any,
+        drawn: _Drawn | None = None,
+        sharded: bool = False,
     ) -> list[Generated]:
+        """A response to each prompt; the longest prompt is the first.
+
+        With `drawn`, rows that have ended are not computed any more, where that is possible.
+        """
         longest = len(prompts[0])
-        inputs = torch.tensor([[pad] * (longest - len(x)) + list(x) for x in prompts], device=device)
+        ids = torch.tensor([[self.pad] * (longest - len(x)) + list(x) for x in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts], device=device)
-        enabled = bool(autocast)
-        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=enabled, cache_enabled=cache_weights):
-            output = model.generate(input_ids=inputs, attention_mask=mask, **options)[:, longest:]
+        more: dict[str, Any] = {} if drawn is None else {"logits_processor": LogitsProcessorList([drawn])}
+        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=bool(autocast), cache_enabled=cache_weights):
+            if drawn is None or sharded:
+                found = self.model.generate(input_ids=ids, attention_mask=mask, synced_gpus=sharded, **more)[
+                    :, longest:
+                ].tolist()
+            else:
+                found = self._dropping(ids, mask, drawn, more)
         result = []
-        for tokens in output.tolist():
-            end = next((k + 1 for k, token in enumerate(tokens) if token in ends), len(tokens))
-            result.append(Generated(tokens[:end], tokens[end - 1] not in ends))
+        for tokens in found:
+            end = next((k + 1 for k, token in enumerate(tokens) if token in self.ends), len(tokens))
+            result.append(Generated(tokens[:end], tokens[end - 1] not in self.ends))
         return result
 
-    with (
-        evaluating(model),
-        torch.compiler.set_stance("force_eager"),
-    ):  # compiled layers would be compiled anew as the cache grows
+    def _dropping(self, ids: Tensor, mask: Tensor, drawn: _Drawn, more: dict[str, Any]) -> list[list[int]]:
+        """New tokens of each row; whenever half of the rows have ended, the others go on alone."""
+        longest, ends = ids.shape[1], torch.tensor(sorted(self.ends), dtype=torch.long, device=ids.device)
+        rows = list(range(len(ids)))
+        found: list[list[int]] = [[] for _ in rows]
+        while True:
+            left = self.max_new_tokens - (ids.shape[1] - longest)
+            stop = {"stopping_criteria": StoppingCriteriaList([_HalfHaveEnded(ends)])} if self.drops else {}
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=left, return_dict_in_generate=True, **more, **stop
+            )
+            new = output.sequences[:, longest:]
+            for row, tokens in zip(rows, new.tolist(), strict=True):
+                found[row] = tokens
+            going = (~torch.isin(new, ends).any(dim=1)).nonzero().flatten().tolist()
+            cache: Any = getattr(output, "past_key_values", None)
+            if not self.drops or not going or new.shape[1] == self.max_new_tokens:
+                self.drops = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+                return found
+            drawn.keep(going)
+            cache.batch_select_indices(torch.tensor(going, device=ids.device))
+            more["past_key_values"] = cache
+            ids, rows = output.sequences[going], [rows[at] for at in going]
+            mask = torch.cat([mask[going], mask.new_ones(len(going), ids.shape[1] - mask.shape[1])], dim=1)
+
+
+@contextmanager
+def _generating(
+    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, sampling: dict[str, Any]
+) -> Iterator[_Batches]:
+    """Within: evaluation mode, and a GenerationConfig that says this and no more."""
+    pad, ends, own = int(tokenizer.pad_token_id or 0), end_tokens(model, tokenizer), model.generation_config
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends) or None, pad_token_id=pad, **{"do_sample": False} | sampling
+    )
+    with evaluating(model), torch.compiler.set_stance("force_eager"):  # layers would be compiled anew as the cache grows
         model.generation_config = config
         try:
-            yield run
+            yield _Batches(model, pad, ends, max_new_tokens)
         finally:
             model.generation_config = own
 

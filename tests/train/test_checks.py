@@ -26,7 +26,7 @@ from bnf_train.checks import Asked, bootstrap, builtin, estimate, find, last_num
 from bnf_train.compare.report import START, markdown, summaries
 from bnf_train.data import prompts, tokenize
 from bnf_train.errors import UsageError
-from bnf_train.model.generate import generate, greedy_and_sampled
+from bnf_train.model.generate import _Batches, generate, greedy_and_sampled
 from bnf_train.model.load import load_model
 from bnf_train.training import checking
 
@@ -338,6 +338,27 @@ def test_samples_are_the_same_in_any_batches_and_greedy_ones_those_of_generate(
     assert model.training
 
 
+def test_responses_are_the_same_where_those_that_have_ended_are_dropped(
+    model_folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(model_folder))
+    model.generation_config.eos_token_id = list(range(0, 250, 9))  # many responses are short
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    asked_of = [[65 + i] * (1 + i % 7) for i in range(40)]
+    how: dict[str, Any] = {"samples": 3, "temperature": 1.0, "max_new_tokens": 24, "seed": 5}
+    found = greedy_and_sampled(model, tokenizer, asked_of, CPU, **how)
+    assert min(rows) <= 64 // 4  # half, and again half
+    lengths = {len(answer.tokens) for of in found for answer in of}
+    assert len(lengths) > 10
+    assert {answer.cut for of in found for answer in of} == {True, False}
+    dropping = sum(rows)
+    rows.clear()
+    monkeypatch.setattr(_Batches, "drops", property(lambda self: False, lambda self, value: None), raising=False)
+    assert found == greedy_and_sampled(model, tokenizer, asked_of, CPU, **how)
+    assert sum(rows) > 1.2 * dropping
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_are_drawn_from_the_model(model_folder: Path, tokenizer: PreTrainedTokenizerFast, temperature: float) -> None:
     model, count = load_model(str(model_folder)), 4000
@@ -443,6 +464,16 @@ def test_without_a_check_nothing_is_asked(
     assert "columns that are not used: answer, group" in capsys.readouterr().out
 
 
+def test_an_adapter_answers_too(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Before it is trained as the base model does, and after it as the folder that is saved."""
+    adapter = {"use_peft": "true", "learning_rate": 0.1, "warmup_steps": 0}
+    assert main(flags("base", max_steps=1)) == 0
+    assert main(flags("adapter", **adapter)) == 0
+    base, tuned = (read(tmp_path / name)[1] for name in ("base", "adapter"))
+    assert [line["before"] for line in tuned] == [line["before"] for line in base]
+    assert any(line["before"]["answers"] != line["after"]["answers"] for line in tuned)
+
+
 def test_a_check_changes_no_weight(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     moving = {"learning_rate": 0.01, "save_strategy": "no"}
     assert main(flags("with", check_steps=1, **moving)) == 0
@@ -540,7 +571,7 @@ def test_a_resumed_run_keeps_what_was_measured_before(
         again, resumed = read(tmp_path / "out")
         assert [line["before"] for line in resumed] == [line["before"] for line in lines]
         assert any(line["before"]["answers"] != line["after"]["answers"] for line in resumed)
-        assert next(log["step"] for log in again["log"] if any(k.startswith("right/") for k in log)) == 0
+        assert [log["step"] for log in again["log"] if any(k.startswith("right/") for k in log)] == [0, 3]
         with pytest.raises(AssertionError, match="asked again"):  # other questions than the first part's
             main(flags(max_steps=3, resume_from_checkpoint="auto", check_samples=1, **saving))
 
