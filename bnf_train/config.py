@@ -14,7 +14,7 @@ from transformers import SchedulerType, TrainingArguments
 from bnf_core import multiplies
 from bnf_train import demo, inherited
 from bnf_train.errors import WHY_NOT_STREAMED, UsageError
-from bnf_train.options import FOR_BF16_WEIGHTS, Data, LoRA, Model, Objective, Output, Rows, Training
+from bnf_train.options import FOR_BF16_WEIGHTS, Checks, Data, LoRA, Model, Objective, Output, Rows, Training
 
 # Section 4 of the paper: the preference set and the learning rate of each base model. What all three share
 # (batch of 128 rows, 4096 tokens, AdamW, cosine with 10 % warm-up, one epoch) are BNFConfig's defaults.
@@ -50,7 +50,7 @@ _THEIRS = TrainingArguments.__dataclass_fields__
 
 
 @dataclass
-class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingArguments):
+class BNFConfig(Output, Checks, LoRA, Training, Objective, Model, Rows, Data, TrainingArguments):
     """TrainingArguments with the project's own flags (`options`), and the paper's set-up as defaults."""
 
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata=_THEIRS["lr_scheduler_type"].metadata)
@@ -117,6 +117,11 @@ class BNFConfig(Output, LoRA, Training, Objective, Model, Rows, Data, TrainingAr
             ("show_examples", self.show_examples >= 0, "a number of rows, or 0"),
             ("eval_size", self.eval_size >= 0, "a share below 1, a number of rows, or 0"),
             ("learning_rate", self.learning_rate >= 0, "a number that is not negative"),
+            ("check_samples", self.check_samples >= 0, "a number of samples, or 0"),
+            ("check_temperature", self.check_temperature > 0, "more than 0 (--check_samples 0 is greedy answers alone)"),
+            ("check_rows", self.check_rows >= 1, "at least 1"),
+            ("check_max_new_tokens", self.check_max_new_tokens >= 1, "at least 1"),
+            ("check_steps", self.check_steps is None or self.check_steps >= 1, "a number of optimizer steps of at least 1"),
             ("tokens_per_pass", (self.tokens_per_pass or 0) >= 0, "a number of tokens, or 0"),
         ):
             if not good:

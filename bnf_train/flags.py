@@ -11,7 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from bnf_core import OBJECTIVES
-from bnf_train import cli, demo, inherited, objectives
+from bnf_train import checks, cli, demo, inherited, objectives
 from bnf_train.config import PRESETS, BNFConfig
 from bnf_train.errors import UsageError, nearest, one_line
 from bnf_train.options import CONFIG, DESCRIPTION, PROG
@@ -87,6 +87,8 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
         name := next((f for f in flags if f.startswith("lora_")), "")
     ):
         raise UsageError(f"--{name}: has no effect without --use_peft true; add it, or leave both out.")
+    if given.get("check") is None and (name := next((f for f in given if f.startswith("check_")), "")):
+        raise UsageError(f"--{name}: has no effect without --check; add it, or leave it out.")
     inherited.check(given)  # also where one says what is the default
     model = given.get("model", str(demo.MODEL))
     preset = dict(PRESETS.get(model, {}))
@@ -105,6 +107,8 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
     config.tracebacks = debug_in_file or len(flags_only) < len(arguments)
     config.hyperparameters = objectives.defaults(config.objective) | own
     _, pairwise = objectives.resolve(config.objective, config.hyperparameters)  # refuses what the objective does not have
+    if config.check is not None:
+        checks.resolve(config.check)
     if config.pairing_ratio < 1 and pairwise:
         raise UsageError(
             f"--pairing_ratio {config.pairing_ratio:g}: makes single responses of pairs, and --objective {config.objective} "

@@ -8,18 +8,16 @@ token, written as the loss of a token, trains in one pass through the head.
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers.hf_argparser import string_to_bool
 
 from bnf_core import OBJECTIVES, Objective, ObjectiveSpec, TokenBatch, objective_spec
+from bnf_train import functions
 from bnf_train.errors import UsageError, nearest, one_line
 
 
@@ -61,20 +59,12 @@ def find(name: str) -> Objective:
     """The function that `--objective name` means."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    module_name, colon, function_name = name.rpartition(":")
-    if not (colon and module_name and function_name):
+    if functions.parts(name) is None:
         raise UsageError(
             f"--objective {name}: expected one of {', '.join(sorted(OBJECTIVES))}, or a function of your own as "
             f"module:function or path/to/file.py:function{nearest(name, OBJECTIVES)}."
         )
-    module = _module(name, module_name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        own = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
-        functions = [k for k in own if not k.startswith("_")]
-        raise UsageError(
-            f"--objective {name}: {module_name} has no function {function_name}; it has {', '.join(functions) or 'none'}."
-        )
+    function = functions.load("objective", name)
     try:
         required = {k: 0.0 for k, p in hyperparameters(function).items() if p.default is p.empty}
         inspect.signature(function).bind(None, None, **required)
@@ -128,26 +118,6 @@ def flags(chosen: Objective) -> dict[str, dict[str, Any]]:
         }
         for key, by_objective in defaults.items()
     }
-
-
-def _module(name: str, module: str) -> Any:
-    try:
-        if not module.endswith(".py"):
-            return importlib.import_module(module)
-        path = Path(module)
-        if not path.is_file():
-            raise UsageError(f"--objective {name}: no such file {path}.")
-        spec = importlib.util.spec_from_file_location(f"bnf_train_objective_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    except UsageError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the user's own file raises
-        what = f"{type(error).__name__}: {one_line(error, 300)}"
-        raise UsageError(f"--objective {name}: {module} could not be imported ({what}).") from error
-    return loaded
 
 
 def _type_of(parameter: inspect.Parameter) -> Any:

@@ -268,6 +268,41 @@ class LoRA:
 
 
 @dataclass
+class Checks:
+    """right answers"""
+
+    check: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "NAME",
+            "help": "Count them, before and after, by this check. Which says whether an answer is right: number (its last "
+            "number is that of the row's column answer), exact (it is that), contains (that stands in it), regex=PATTERN "
+            "(found in it), math_verify (the package), or a function of your own, (prompt, answer, row) -> bool or a share "
+            "of right, as module:function or path/to/file.py:function.",
+        },
+    )
+    check_dataset: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "Prompts to ask, in place of held-out ones. Rows as --dataset, or with a column prompt (or question) alone "
+            "beside those that the check reads; the test split where there is one. They are counted apart by the column group. "
+            "Default: the held-out rows.",
+        },
+    )
+    check_rows: int = field(default=200, metadata={"help": "At most so many prompts. Drawn by --seed."})
+    check_samples: int = field(
+        default=4, metadata={"help": "Answers sampled to a prompt, beside the greedy one. For pass@k; 0: none."}
+    )
+    check_temperature: float = field(default=1.0, metadata={"help": "Of the samples."})
+    check_max_new_tokens: int = field(default=256, metadata={"help": "Where an answer is cut, in tokens."})
+    check_steps: int | None = field(
+        default=None,
+        metadata={"metavar": "N", "help": "While training, too. Every N optimizer steps. Default: only before and after."},
+    )
+
+
+@dataclass
 class Output:
     """output"""
 
@@ -277,8 +312,11 @@ class Output:
     )
 
 
-RARE = {"lora_kwargs", "share_prompts"}  # flags for --help_all alone
-GROUPS = (Data, Rows, Model, Objective, Training, LoRA, Output)
+RARE = {  # flags for --help_all alone
+    *("lora_kwargs", "lora_modules_to_save", "share_prompts", "template_date", "chat_template_kwargs", "no_reference_cache"),
+    *("check_rows", "check_samples", "check_temperature", "check_max_new_tokens", "check_steps"),
+}
+GROUPS = (Data, Rows, Model, Objective, Training, LoRA, Checks, Output)
 # transformers' own that everyone uses, as --help shows them under a group: what stands behind the flag, and what it does
 THEIRS: dict[type, dict[str, tuple[str, str]]] = {
     Training: {

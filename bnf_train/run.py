@@ -16,11 +16,14 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from bnf_core import Objective, objective_spec
 from bnf_train import cli, demo, objectives, report
+from bnf_train.checks import Asked, log_values
 from bnf_train.config import BNFConfig, resumes
 from bnf_train.data import (
+    RULES,
     Collator,
     Options,
     Row,
+    Rules,
     Template,
     by_prompt,
     check_ids,
@@ -30,22 +33,27 @@ from bnf_train.data import (
     spared,
 )
 from bnf_train.errors import UsageError
+from bnf_train.model.answers import Measured, Questions, read_questions
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.model.lora import add_lora, check_modules, quantization
 from bnf_train.model.probe import can_pack, can_share_prompts, switch_off_dropout
 from bnf_train.training import checkpoint, distributed
+from bnf_train.training.checking import LogRight, ask_trained, ask_untrained, kept, taken_over
 from bnf_train.training.reference_cache import add_ref_log_odds, check_same_tokens, weights_digest
 from bnf_train.training.trainer import BNFTrainer
 from bnf_train.training.tryout import try_out
 
 
-def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> BNFTrainer:
+def run(
+    config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = (), ask_before: bool = True
+) -> BNFTrainer:
     """From rows to report; its trainer, with the trained model.
 
     Args:
       embedded: no flag was given: say that the model is the embedded one.
+      ask_before: --check counts right answers before training, too, not only after it.
     """
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
     if config.model == str(demo.MODEL):
@@ -60,7 +68,12 @@ def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCa
     if objective_spec(objective).reference_point:
         for part in (rows.train, rows.held_out):
             rows.mismatched.extend(mismatch(part, config.max_length))
+    questions = _questions(config, rows, console)
     model, collator, reference_seconds = _score(config, rows, resumed, console)
+    measured = None if questions is None else Measured(questions)
+    if measured is not None and ask_before:
+        measured.before = _ask_before(model, config, rows, measured.questions, resumed)
+    log_right = [] if measured is None else [LogRight(measured, config.check_steps)]
     transformers.set_seed(config.seed)  # whether the reference pass drew random numbers or found its cache
     trainer = BNFTrainer(
         model=add_lora(model, config),
@@ -72,11 +85,14 @@ def run(config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCa
         train_dataset=rows.train,
         eval_dataset=rows.held_out or None,
         processing_class=rows.tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *log_right],
     )
     trainer.reference_seconds = reference_seconds
+    for callback in log_right:
+        callback.trainer = trainer
+        trainer.beside = kept(callback.measured)
     _train(trainer, config, resumed, console)
-    _report(trainer, config, rows, collator, console)
+    _report(trainer, config, rows, collator, measured, console)
     return trainer
 
 
@@ -139,6 +155,27 @@ def _objective(config: BNFConfig, rows: _Rows) -> tuple[Objective, bool]:
             "use --objective bnf, or rows with prompt, chosen, rejected."
         )
     return objective, pairwise
+
+
+def _questions(config: BNFConfig, rows: _Rows, console: Console) -> Questions | None:
+    """What --check asks."""
+    if config.check is None:
+        return None
+    return read_questions(
+        config.check, config.check_dataset, rows.held_out, rows.tokenizer, console, rows=config.check_rows,
+        context=context_length(config.model, config.trust_remote_code), trained_on={row.prompt for row in rows.train},
+        rules=Rules(**{name: getattr(config, name) for name in RULES}), options=Options(**config.template_options()),
+        samples=config.check_samples, temperature=config.check_temperature, max_new_tokens=config.check_max_new_tokens,
+        seed=config.seed, batch_size=config.per_device_eval_batch_size,
+    )  # fmt: skip
+
+
+def _ask_before(
+    model: PreTrainedModel, config: BNFConfig, rows: _Rows, questions: Questions, resumed: Path | None
+) -> list[Asked]:
+    """The answers before training; of a resumed run, what its first part has measured."""
+    kept_before = taken_over(resumed, questions) if resumed else None
+    return ask_untrained(model, rows.tokenizer, questions, config) if kept_before is None else kept_before
 
 
 def _score(config: BNFConfig, rows: _Rows, resumed: Path | None, console: Console) -> tuple[PreTrainedModel, Collator, float]:
@@ -244,7 +281,9 @@ def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console
     trainer.train(resume_from_checkpoint=resumed and str(resumed))
 
 
-def _report(trainer: BNFTrainer, config: BNFConfig, rows: _Rows, collator: Collator, console: Console) -> None:
+def _report(
+    trainer: BNFTrainer, config: BNFConfig, rows: _Rows, collator: Collator, measured: Measured | None, console: Console
+) -> None:
     output = Path(config.output_dir or "")
     history = trainer.state.log_history
     last = history[-2] if len(history) > 1 else {}  # [-1] is the summary of the run
@@ -256,15 +295,21 @@ def _report(trainer: BNFTrainer, config: BNFConfig, rows: _Rows, collator: Colla
             some = [row for row in rows.held_out if row.source == source]
             by_source[source] = trainer.evaluate(some, metric_key_prefix="eval")
             history.pop()  # not of all held-out rows, as the others are
+    trainer.beside = {}
     trainer.save_model()
+    if measured is not None:
+        measured.after = ask_trained(trainer, measured.questions, "answers after training")
+        trainer.log(log_values(measured.questions.values(measured.after)))
     # on every process: the forward of a sharded model needs all of them
     examples = report.examples(trainer.model, rows.held_out, collator, rows.tokenizer, config.device, bool(config.bf16))
     if trainer.is_world_process_zero():
         with checkpoint.naming_a_full_disk(output):
             rows.tokenizer.save_pretrained(output)
-            report.write(output, config, history, held_out, examples, by_source)
+            report.write(output, config, history, held_out, examples, by_source, measured)
         console.print(report.table(held_out))
         for source, metrics in by_source.items():
             console.print(source)
             console.print(report.table(metrics))
+        if measured is not None:
+            console.print(report.right_table(measured.values()))
         console.print(f"Model, report.html, metrics.json and metrics.png in {output}")

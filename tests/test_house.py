@@ -36,20 +36,22 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/options": ["demo", "rules"],
     "bnf_train/hub": ["errors"],
     "bnf_train/inherited": ["errors"],
-    "bnf_train/objectives": ["errors"],
+    "bnf_train/functions": ["errors"],
+    "bnf_train/objectives": ["errors", "functions"],
+    "bnf_train/checks": ["errors", "functions"],
     "bnf_train/cli": ["errors"],
     "bnf_train/config": ["demo", "errors", "inherited", "options"],
     "bnf_train/data": ["errors", "hub", "rules"],
     "bnf_train/data/__main__": ["cli", "data", "flags", "model"],
-    "bnf_train/flags": ["cli", "config", "demo", "errors", "inherited", "objectives", "options"],
-    "bnf_train/model": ["config", "data", "errors", "hub"],
-    "bnf_train/training": ["config", "data", "errors", "hub", "model"],
-    "bnf_train/report": ["config", "data", "demo", "model", "training"],
-    "bnf_train/run": ["cli", "config", "data", "demo", "errors", "model", "objectives", "report", "training"],
+    "bnf_train/flags": ["checks", "cli", "config", "demo", "errors", "inherited", "objectives", "options"],
+    "bnf_train/model": ["checks", "config", "data", "errors", "hub"],
+    "bnf_train/training": ["checks", "config", "data", "errors", "hub", "model"],
+    "bnf_train/report": ["checks", "config", "data", "demo", "model", "training"],
+    "bnf_train/run": ["checks", "cli", "config", "data", "demo", "errors", "model", "objectives", "report", "training"],
     "bnf_train/__main__": ["cli", "flags", "options", "run"],
     "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "run", "training"],
-    "bnf_train/compare": ["cli", "config", "data", "demo", "errors", "flags", "model", "run", "training"],
-    "bnf_train/analyze": ["cli", "data", "errors", "model"],
+    "bnf_train/compare": ["checks", "cli", "config", "data", "demo", "errors", "flags", "model", "run", "training"],
+    "bnf_train/analyze": ["checks", "cli", "data", "errors", "model"],
     "bnf_train/plan": ["cli", "config", "data", "errors", "flags", "model", "objectives"],
     "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],
@@ -58,7 +60,14 @@ COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, nev
 JOINS = ("__init__", "benchmark", "benchmark_peers", "roofline", "fused", "constraints")  # of bnf_core: they join its rooms
 FIGURES = "plot_"  # the scripts in proofs/ that may draw bnf_core's values beside SymPy's
 CORE_NEEDS = {"torch", "numpy", "jaxtyping", "bnf_core"}
-OPTIONAL = ("triton", "bnf_core.head.triton", "deepspeed", "bitsandbytes", "trl")  # imported only where they are used
+OPTIONAL = (
+    "triton",
+    "bnf_core.head.triton",
+    "deepspeed",
+    "bitsandbytes",
+    "math_verify",
+    "trl",
+)  # imported only where they are used
 LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside functions, for their start-up time
 
 # Names with an underscore that are not ours, and the files that may use them.

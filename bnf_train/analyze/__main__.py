@@ -7,7 +7,7 @@ On the responses of the data, or (--greedy) on each policy's own greedy response
 then response lengths are reported too (table 5). Beside the paper's figures stands likelihood displacement: the share of
 tokens whose likelihood fell, and the mean probability of the argmax token before and after. Definitions with formulas:
 `bnf_core.analysis`. Writes analysis.json, figure3.png, figure4.png and displacement.png. One model is in memory at a time, and
-never its full logits.
+never its full logits. With --check every model answers prompts, and right answers are counted.
 """
 
 import argparse
@@ -32,13 +32,34 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--rows", type=int, metavar="N", help="only the first N rows of the data")
     add("--greedy", type=int, metavar="N", help="greedy responses of every model to the first N prompts, not the data's own")
     add("--max_new_tokens", type=int, default=512, metavar="N", help="longest greedy response (default: %(default)s)")
+    add(
+        "--check",
+        metavar="NAME",
+        help="count every model's right answers, as --check of python -m bnf_train, to --data's prompts",
+    )
+    add("--check_dataset", metavar="FILE", help="other prompts for --check, as of python -m bnf_train")
+    add("--check_rows", type=int, default=200, metavar="N", help="at most so many prompts (default: %(default)s)")
+    add("--check_samples", type=int, default=4, metavar="N", help="answers sampled to a prompt (default: %(default)s; 0: none)")
+    add("--check_temperature", type=float, default=1.0, metavar="T", help="of the samples (default: %(default)s)")
+    add("--check_max_new_tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of --check's prompts and samples (default: %(default)s)")
     add("--max_length", type=int, default=512, metavar="N", help="longest prompt with response (default: %(default)s)")
     add("--batch_size", type=int, default=8, metavar="N", help="responses of one forward pass (default: %(default)s)")
     add("--bf16", nargs="?", const="true", default="false", choices=("true", "false"), help="multiply in bf16, by autocast")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
     add("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.read(arguments)
-    for name in ("rows", "greedy", "max_new_tokens", "max_length", "batch_size"):
+    if flags.check is None and flags.check_dataset is not None:
+        raise UsageError("--check_dataset: has no effect without --check; add it, or leave it out.")
+    if not flags.check_temperature > 0:
+        raise UsageError(f"--check_temperature: expected more than 0, got {flags.check_temperature}.")
+    for name in ("check_samples", "seed"):
+        if getattr(flags, name) < 0:
+            raise UsageError(f"--{name}: expected at least 0, got {getattr(flags, name)}.")
+    for name in (
+        *("rows", "greedy", "max_new_tokens", "max_length", "batch_size"),
+        *("check_rows", "check_max_new_tokens"),
+    ):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise UsageError(f"--{name}: expected at least 1, got {value}.")
     return flags
@@ -57,7 +78,7 @@ def _analyze(arguments: list[str], failure: cli.Failure) -> None:
 def run(flags: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from bnf_train.analyze.figures import displacement_table, table, write
+    from bnf_train.analyze.figures import displacement_table, right_table, table, write
     from bnf_train.analyze.run import analyze  # imports transformers
 
     folder = Path(flags.output_dir)
@@ -72,6 +93,8 @@ def run(flags: argparse.Namespace) -> None:
         raise UsageError(f"--output_dir {folder}: {(error.strerror or str(error)).lower()}.") from error
     Console(highlight=False).print(table(result))
     Console(highlight=False).print(displacement_table(result))
+    if "right" in result:
+        Console(highlight=False).print(right_table(result["right"]))
     console.print(f"analysis.json, figure3.png, figure4.png and displacement.png in {folder}")
 
 

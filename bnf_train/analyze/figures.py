@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 METRICS = {  # of a response, in the order of figure 3 without its scatter
@@ -72,6 +73,28 @@ def _add_rows(out: Table, result: dict[str, Any], metrics: Sequence[str]) -> Non
             of = policy["summary"][group]
             cells = [f"{of[m]['mean']:{form(m)}}\n({of[m]['median']:{form(m)}})" for m in metrics]
             out.add_row(f"{name}\n{of['responses']:,}{'' if is_greedy else f' {group}'}", *cells)
+
+
+def right_table(right: dict[str, Any]) -> Table:
+    """Right answers of every model, with intervals below; narrow enough for 80 columns."""
+    out = Table(
+        title="Right answers, greedy and sampled",
+        caption="in brackets 95 % intervals over prompts",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    out.add_column("group", overflow="fold")
+    out.add_column("model", overflow="fold")
+    names = [n for n in next(iter(next(iter(right["models"].values())).values())) if n != "prompts" and "_" not in n]
+    for name in (*names, "tokens"):
+        out.add_column(name, justify="right")
+    for group in next(iter(right["models"].values())):
+        for model, groups in right["models"].items():
+            of = groups[group]
+            cells = [f"{of[n]['value']:.1%}\n({100 * of[n]['low']:.1f} … {100 * of[n]['high']:.1f})" for n in names]
+            out.add_row(escape(f"{group} ({of['prompts']:,})"), escape(model), *cells, f"{of['greedy_tokens']['value']:.1f}")
+    return out
 
 
 def form(metric: str) -> str:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bnf_train import data
 from bnf_train.analyze.figures import DISPLACEMENT, METRICS
 from bnf_train.analyze.shifts import Sample, Scores, bins, report_of, scores, shifts
+from bnf_train.checks import Asked
 from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
+from bnf_train.model.answers import Questions, ask, counted, read_questions
 from bnf_train.model.attention import attend_varlen, attention_width
 from bnf_train.model.generate import generate
 from bnf_train.model.head import attach_log_odds_head
@@ -39,11 +41,15 @@ def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device, autocast = device or torch.device("cpu"), torch.bfloat16 if flags.bf16 == "true" else None
     given = _data(flags, tokenizer, console)
+    questions = _questions(flags, tokenizer, console)
+    asked: dict[str, list[Asked]] = {}  # the answers of each model, by its path
 
     def scored_by(path: str, flag: str, samples: dict[str, Sample]) -> tuple[Sample, dict[str, Scores]]:
         """Its greedy responses, or those given, and its scores of them, or of `samples` if there are any."""
         model = load_merged(path, flag, flags.trust_remote_code).to(device).eval()
         mine = greedy(model, given, tokenizer, device, autocast, flags) if flags.greedy else given
+        if questions is not None:
+            asked[path] = ask(model, tokenizer, questions, device, autocast, progress="answers")
         attend_varlen(model)
         attach_log_odds_head(model)
         # the data's own responses are one sample for all models: scored once
@@ -82,11 +88,36 @@ def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
         for name, sample in (*samples.items(), ("reference", own)):
             if cut := sum(sample.cut or ()):
                 console.print(f"{name}: {cut} of {len(sample.rows)} responses cut at --max_new_tokens {flags.max_new_tokens}.")
+    if questions is not None:
+        result["right"] = _right(questions, {"reference": flags.reference} | names, asked)
     token_shifts = {}
     for name, sample in samples.items():
         values, token_shifts[name] = shifts(sample, policies[name], references[name])
         result["policies"][name] = {"path": names[name], **report_of(sample, values)}
     return result | {"figure4": bins(token_shifts, bins_of)}
+
+
+def _questions(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console: Console) -> Questions | None:
+    """What --check asks every model."""
+    if flags.check is None:
+        return None
+    source, flag = (flags.check_dataset, "--check_dataset") if flags.check_dataset else (flags.data, "--data")
+    with errors_about(flag, source):
+        return read_questions(
+            flags.check, source, [], tokenizer, console, rows=flags.check_rows, context=_context(flags),
+            samples=flags.check_samples, temperature=flags.check_temperature, max_new_tokens=flags.check_max_new_tokens,
+            seed=flags.seed, batch_size=flags.batch_size,
+        )  # fmt: skip
+
+
+def _right(questions: Questions, paths: dict[str, str], asked: dict[str, list[Asked]]) -> dict[str, Any]:
+    """Right answers of each model by group, and those to each prompt."""
+    models = {name: questions.values(asked[path]) for name, path in paths.items()}
+    prompts = [
+        {"number": prompt.number, "group": group} | {name: counted(asked[path][i]) for name, path in paths.items()}
+        for i, (prompt, group) in enumerate(zip(questions.prompts, questions.groups, strict=True))
+    ]
+    return {"settings": questions.settings(), "models": models, "prompts": prompts}
 
 
 def greedy(
@@ -130,10 +161,7 @@ def _tokenizer(path: str, flag: str, flags: argparse.Namespace) -> PreTrainedTok
 
 def _data(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console: Console) -> Sample:
     """The data's responses; with --greedy the first distinct prompts, as responses whose answers are not looked at."""
-    # every model can be loaded by now as far as its tokenizer goes
-    bases = [base_of(name, "--policy") for name in (flags.reference, *flags.policy)]
-    limits = [context_length(base, flags.trust_remote_code) for base in bases]
-    context = min((limit for limit in limits if limit), default=flags.max_length + flags.max_new_tokens)
+    context = _context(flags) or flags.max_length + flags.max_new_tokens
     if context < flags.max_length:
         console.print(f"--max_length {flags.max_length} is more than the models were made for: {context} it is.")
         flags.max_length = context
@@ -150,6 +178,14 @@ def _data(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console
     tokens = sum(response.tokens for response, _ in pairs)
     console.print(f"{flags.data}: {len(pairs):,} responses of {len(rows):,} rows, {tokens:,} tokens.")
     return Sample([response for response, _ in pairs], [number for _, number in pairs])
+
+
+def _context(flags: argparse.Namespace) -> int | None:
+    """The tokens that all models were made for; None where none of them says."""
+    # every model can be loaded by now as far as its tokenizer goes
+    bases = [base_of(name, "--policy") for name in (flags.reference, *flags.policy)]
+    limits = [context_length(base, flags.trust_remote_code) for base in bases]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _prompts(rows: list[data.Row], flags: argparse.Namespace, context: int, console: Console) -> Sample:

@@ -1,5 +1,6 @@
 """One arm of a comparison: a run of bnf_train, and what is measured beside its held-out metrics."""
 
+import json
 import os
 import resource
 import threading
@@ -53,7 +54,7 @@ def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dic
     config.eval_on_start = before
     texts = paragraphs(measures.probe)
     beside = _Beside(texts, measures if before else None)
-    trainer = run(config, callbacks=[beside])
+    trainer = run(config, callbacks=[beside], ask_before=before)
     if not trainer.eval_dataset:
         raise UsageError("--eval_size 0: nothing is held out, so there is nothing to compare; leave it out.")
     history = trainer.state.log_history
@@ -69,6 +70,7 @@ def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dic
         "losses": [log["loss"] for log in history if "loss" in log],
         "before": beside.answers,
         "after": answers(trainer.model, trainer.processing_class, trainer.eval_dataset, config, measures),
+        "right": json.loads((Path(str(config.output_dir)) / "metrics.json").read_text()).get("right", {}),
         "train_seconds": last["train_runtime"],
         "tokens_per_second": median(speeds) if speeds else None,
         "peak_gib": _peak(config) / GIB,

@@ -16,17 +16,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from bnf_train.checks import GREEDY, SAMPLED, student
 from bnf_train.training.metrics import LABELS, shown
 
 Result = Mapping[str, Any]
 
 
 class Column(NamedTuple):
-    """Where a column's value is, how it is written, and whether it is in the terminal's table, too."""
+    """Where a column's value is, how it is written, and whether it is in the terminal's table, too.
+
+    A share has an interval of one run, over its prompts, in place of which several runs have one over seeds.
+    """
 
     value: Callable[[Result], float | None]
     form: str
     brief: bool = False
+    interval: Callable[[Result], tuple[float, float]] | None = None
 
 
 def _mean_length(result: Result) -> float | None:
@@ -43,8 +48,8 @@ OF_ARM = {
 START = "before training"
 
 
-def columns() -> dict[str, Column]:
-    """The columns by heading: metrics of the last evaluation, then OF_ARM."""
+def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
+    """The columns by heading: metrics of the last evaluation, right answers where they were counted, then OF_ARM."""
 
     def last(key: str) -> Callable[[Result], float | None]:
         return lambda result: result["curve"][-1].get(key)
@@ -54,11 +59,37 @@ def columns() -> dict[str, Column]:
         for metric, entry in shown("compare")
         for heading, key in metric.entries(entry)
     }
-    return of_evaluation | OF_ARM
+    return of_evaluation | _right_columns(results) | OF_ARM
+
+
+def _right_columns(results: Iterable[Result]) -> dict[str, Column]:
+    """Right answers after training: of each group greedy, sampled, and the best of most samples."""
+    found: dict[str, Column] = {}
+    for result in results:
+        for group, of in result.get("right", {}).get("after", {}).items():
+            best = [name for name in of if name.startswith("pass@") and name != "pass@1"][-1:]
+            for name in (GREEDY, SAMPLED, *best):
+                if name in of:
+                    brief = name == (SAMPLED if SAMPLED in of else GREEDY)
+                    found.setdefault(f"right, {group}, {name}", _right_column(group, name, brief))
+    return dict(sorted(found.items()))
+
+
+def _right_column(group: str, name: str, brief: bool) -> Column:
+    def of(result: Result) -> Any:
+        return result.get("right", {}).get("after", {}).get(group, {}).get(name, {})
+
+    return Column(
+        lambda result: of(result).get("value"), ".1%", brief,
+        interval=lambda result: (of(result)["low"], of(result)["high"]),
+    )  # fmt: skip
 
 
 def summaries(results: Iterable[Result]) -> dict[str, dict[str, dict[str, float] | None]]:
-    """{arm: {column: {"mean", "min", "max", "runs"}}} over seeds, in the order of the arms; the starting point first."""
+    """{arm: {column: {"mean", "min", "max", "runs"}}} over seeds, in the order of the arms; the starting point first.
+
+    Shares have "low" and "high", too: the 95 % interval over seeds, or of a single run over its prompts.
+    """
     finished = [result for result in results if "failed" not in result]
     by_arm: dict[str, list[Result]] = {}
     for result in finished:
@@ -66,15 +97,15 @@ def summaries(results: Iterable[Result]) -> dict[str, dict[str, dict[str, float]
             by_arm.setdefault(START, []).append(_start(result))
     for result in finished:
         by_arm.setdefault(result["name"], []).append(result)
-    return {
-        name: {heading: _over(map(column.value, arm)) for heading, column in columns().items()} for name, arm in by_arm.items()
-    }
+    known = columns(finished)
+    return {name: {heading: _over(column, arm) for heading, column in known.items()} for name, arm in by_arm.items()}
 
 
 def _start(result: Result) -> Result:
     """The starting point as an arm of its own: the first evaluation."""
     unknown = dict.fromkeys(("train_seconds", "tokens_per_second", "peak_gib"))
-    return {**result, **unknown, "curve": result["curve"][:1], "after": result["before"]}
+    right = {"after": result.get("right", {}).get("before", {})}
+    return {**result, **unknown, "curve": result["curve"][:1], "after": result["before"], "right": right}
 
 
 def _curve(result: Result, results: Sequence[Result]) -> list[Mapping[str, Any]]:
@@ -87,26 +118,35 @@ def _curve(result: Result, results: Sequence[Result]) -> list[Mapping[str, Any]]
     return curve
 
 
-def _over(values: Iterable[float | None]) -> dict[str, float] | None:
-    known = [value for value in values if value is not None]
+def _over(column: Column, arm: Sequence[Result]) -> dict[str, float] | None:
+    known = [value for value in map(column.value, arm) if value is not None]
     if any(math.isnan(value) for value in known):  # one seed's failure is the arm's, and min() would lose it
         known = [math.nan]
-    return {"mean": fmean(known), "min": min(known), "max": max(known), "runs": len(known)} if known else None
+    if not known:
+        return None
+    summary = {"mean": fmean(known), "min": min(known), "max": max(known), "runs": len(known)}
+    if column.interval is not None:
+        ends = student(known) if len(known) > 1 else next(column.interval(of) for of in arm if column.value(of) is not None)
+        summary |= {"low": max(0.0, ends[0]), "high": min(1.0, ends[1])}
+    return summary
 
 
 def _cell(summary: Mapping[str, float] | None, form: str) -> str:
-    """The mean; in brackets the smallest and the largest where they differ."""
+    """The mean; in brackets the smallest and the largest where they differ, or the interval where there is one."""
     if summary is None:
         return ""
-    mean, low, high = (format(summary[key], form) for key in ("mean", "min", "max"))
-    return mean if low == high else f"{mean} ({low} … {high})"
+    mean = format(summary["mean"], form)
+    low, high = (format(summary[key], form) for key in (("low", "high") if "low" in summary else ("min", "max")))
+    return mean if low == high else f"{mean} ({low.rstrip('%')} … {high.rstrip('%')})"
 
 
-def _cells(arms: Mapping[str, Any], brief: bool = False) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def _cells(
+    arms: Mapping[str, Any], known: Mapping[str, Column], brief: bool = False
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Headings and, for each arm, its cells: the columns that have values; all those of the short table if `brief`."""
     names = {
         name: column.form
-        for name, column in columns().items()
+        for name, column in known.items()
         if (column.brief if brief else any(arm[name] for arm in arms.values()))
     }
     return list(names), [(arm, [_cell(of[name], form) for name, form in names.items()]) for arm, of in arms.items()]
@@ -114,8 +154,10 @@ def _cells(arms: Mapping[str, Any], brief: bool = False) -> tuple[list[str], lis
 
 def table(results: Sequence[Result]) -> Table:
     """The main columns, for a terminal."""
-    headings, rows = _cells(summaries(results), brief=True)
-    result = Table(title="Held-out responses after training: mean over seeds (smallest … largest)")
+    headings, rows = _cells(summaries(results), columns(results), brief=True)
+    result = Table(
+        title="Held-out responses after training: mean over seeds (smallest … largest; of right answers 95 % interval)"
+    )
     result.add_column("arm", overflow="fold")
     for heading in headings:
         result.add_column(heading, justify="right")
@@ -126,7 +168,7 @@ def table(results: Sequence[Result]) -> Table:
 
 def markdown(results: Sequence[Result]) -> str:
     """All columns that have values, as a Markdown table."""
-    headings, rows = _cells(summaries(results))
+    headings, rows = _cells(summaries(results), columns(results))
     lines = ["| arm | " + " | ".join(headings) + " |", "| --- |" + " ---: |" * len(headings)]
     lines += [f"| {_in_table(arm)} | " + " | ".join(cells) + " |" for arm, cells in rows]
     lines += [
@@ -232,7 +274,7 @@ def _page(results: Sequence[Result], arms: Mapping[str, Any], images: Mapping[st
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    headings, rows = _cells(arms)
+    headings, rows = _cells(arms, columns(results))
     finished = [result for result in results if "failed" not in result]
     return environment.get_template("compare.html.jinja").render(
         names=headings,

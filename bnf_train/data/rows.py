@@ -1,7 +1,8 @@
 """A row of the data as it is trained on, and what was counted on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class Row:
     number: int = 0  # in its source, from 1
     source: str = ""  # as --dataset names it
     group: bool = False  # any number of responses, of which no two are a pair
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as they stand in the data
 
     @property
     def pair(self) -> bool:

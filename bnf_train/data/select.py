@@ -33,6 +33,8 @@ class Choice(Protocol):
     train_on: str
     show_examples: int
     seed: int
+    check: str | None
+    check_dataset: str | None
 
     def template_options(self) -> dict[str, Any]: ...
 
@@ -53,6 +55,7 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
         rows, counts = tokenize(
             [raw[number - 1] for number in numbers], tokenizer, config.max_length, source, rules, options, config.train_on,
             numbers=numbers, keep_zero=config.score_center == "mean",
+            checked=bool(config.check and not config.check_dataset),
         )  # fmt: skip
         if config.score_center == "mean":
             rows = center_scores(rows, source)
@@ -90,6 +93,8 @@ def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, consol
             f"--pairing_ratio {config.pairing_ratio:g}: of {pairs} training pairs {whole} stay whole, "
             f"{pairs - whole} lose one side at random (--seed {config.seed})."
         )
+    for row in train_rows:
+        row.columns = {}  # only held-out rows are asked about again
     show(train_rows[: config.show_examples], tokenizer, console)
     return train_rows, held_out
 

@@ -41,6 +41,7 @@ class _Text(NamedTuple):
     number: int
     conversation: Conversation
     sides: list[_Side]
+    columns: RawRow
 
 
 class _Encoded(NamedTuple):
@@ -61,6 +62,7 @@ def tokenize(
     *,
     numbers: Sequence[int] | None = None,
     keep_zero: bool = False,
+    checked: bool = False,
 ) -> tuple[list[Row], Counts]:
     """Rows rendered with the model's chat template, and what was cut or left out.
 
@@ -68,6 +70,7 @@ def tokenize(
       train_on: "last": the responses count; "all_assistant": the assistant's turns before them, too, with their label.
       numbers: of the rows in their source; None: 1, 2, 3, ...
       keep_zero: responses of score 0 stay, for `center_scores`.
+      checked: whoever checks answers sees all columns.
 
     Raises:
       UsageError: the tokenizer has no chat template or EOS, a row is not as `rules` ask, or no row is left.
@@ -75,7 +78,7 @@ def tokenize(
     if not isinstance(rows, Sequence):
         raise UsageError(f"{source}: a stream instead of a table, but {WHY_NOT_STREAMED}; load it without streaming.")
     run = _Run(tokenizer, max_length, source, rules or Rules(), Template(tokenizer, options), Counts(len(rows)))
-    run.every_turn, run.keep_zero = train_on == "all_assistant", keep_zero
+    run.every_turn, run.keep_zero, run.checked = train_on == "all_assistant", keep_zero, checked
     numbers = range(1, len(rows) + 1) if numbers is None else numbers
     kept: list[Row] = []
     quiet = True if int(os.environ.get("RANK", 0)) else None  # None: on a terminal only
@@ -95,6 +98,7 @@ class _Run:
 
     every_turn = False  # earlier turns of the assistant count, too
     keep_zero = False  # responses of score 0 stay
+    checked = False  # all columns are seen by a check of answers
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, source: str, rules: Rules, template: Template, counts: Counts
@@ -141,15 +145,15 @@ class _Run:
         for message in (*conversation.prompt, *own):
             self._keys |= message.keys()
         try:
-            return _Text(number, conversation, self._sides(conversation, where))
+            return _Text(number, conversation, self._sides(conversation, where), raw)
         except RowRefused as refused:
             choice = self.rules[refused.rule]
             if refused.rule != "already_rendered" or choice not in ("as_is", "text"):
                 raise
             if choice == "as_is":
-                return _Text(number, conversation, [self._as_is(conversation, a, where) for a in conversation.answers])
+                return _Text(number, conversation, [self._as_is(conversation, a, where) for a in conversation.answers], raw)
             conversation.text = False
-            return _Text(number, conversation, self._sides(conversation, where))
+            return _Text(number, conversation, self._sides(conversation, where), raw)
 
     def _sides(self, conversation: Conversation, where: str) -> list[_Side]:
         shared: tuple[str, list[Span]] | None = None  # answers without messages of their own before them have one prompt
@@ -296,7 +300,8 @@ class _Run:
         if conversation.pair and len(counted) == 2 and _same(*counted):
             counts.same_sides.append(number)
         key = json.dumps([conversation.prompt, conversation.tools], sort_keys=True, default=str)
-        return Row(key, counted, number, self.source, group=not conversation.pair and len(counted) > 1)
+        group = not conversation.pair and len(counted) > 1
+        return Row(key, counted, number, self.source, group, columns=text.columns)
 
     def _response(self, prompt: _Encoded, response: _Encoded, sign: float, score: float | None) -> Response:
         ids, start = (prompt.ids + response.ids)[: self.max_length], len(prompt.ids)
@@ -315,7 +320,8 @@ class _Run:
         said = self.template.unread(self._columns & self._used, self._keys)
         if unknown := sorted(map(str, self._columns - self._used)):
             names = ", ".join(shown(name).strip("'") for name in unknown[:10]) + (", …" if len(unknown) > 10 else "")
-            said.insert(0, f"columns that are not used: {names}")
+            what = "that only --check sees" if self.checked else "that are not used"
+            said.insert(0, f"columns {what}: {names}")
         return [f"{self.source}: {sentence}." for sentence in said]
 
     def nothing_left(self) -> None:

@@ -12,6 +12,7 @@ import jinja2
 
 from bnf_train.report.curves import svgs
 from bnf_train.report.examples import TokenExample
+from bnf_train.report.right import Right, lines, svg
 
 RGB = tuple[int, int, int]
 # light enough for black text; blue and orange stay apart for the colour-blind
@@ -30,6 +31,7 @@ def page(
     settings: Mapping[str, Any],
     every_setting: Mapping[str, Any],
     examples: Sequence[TokenExample],
+    right: Right | None = None,
 ) -> str:
     """The whole document; jinja2 escapes every text that comes from data."""
     environment = jinja2.Environment(
@@ -46,7 +48,9 @@ def page(
         tiles=tiles,
         notices=notices,
         result=result,
-        curves=[(name, base64.b64encode(svg).decode()) for name, svg in svgs(history)],
+        curves=[(name, base64.b64encode(image).decode()) for name, image in svgs(history)],
+        right=lines(right) if right else [],
+        right_bars=base64.b64encode(svg(right)).decode() if right else "",
         settings=settings,
         every_setting=every_setting,
         examples=[_example(example, limit) for example in examples],

@@ -14,10 +14,13 @@ from rich.table import Table
 
 import bnf_core
 from bnf_train import demo
+from bnf_train.checks import GREEDY, SAMPLED
 from bnf_train.config import BNFConfig
+from bnf_train.model.answers import Measured
 from bnf_train.report.curves import draw, plots
 from bnf_train.report.examples import TokenExample
 from bnf_train.report.html import page
+from bnf_train.report.right import Right, lines
 from bnf_train.training.displacement import alarms, starts
 from bnf_train.training.metrics import LABELS, Metric, shown
 
@@ -72,11 +75,13 @@ def write(
     held_out: dict[str, float],
     examples: Sequence[TokenExample] = (),
     by_source: Mapping[str, dict[str, float]] | None = None,
+    measured: Measured | None = None,
 ) -> None:
     """metrics.json, metrics.png, report.html and README.md, from the trainer's log history and the held-out metrics.
 
     Args:
       by_source: the held-out metrics of each data set, where there are several.
+      measured: right answers, which make checks.jsonl, too.
     """
     flags = {k: v for k, v in config.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
     metrics = {"config": flags, "held_out": held_out, "log": history}
@@ -85,6 +90,11 @@ def write(
         metrics["alarms"] = notices
     if by_source:
         metrics["held_out_by_dataset"] = by_source
+    right = {} if measured is None else measured.values()
+    if measured is not None:
+        metrics["right"] = {"settings": measured.questions.settings(), **right, "during": measured.during}
+        answered = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in measured.lines())
+        (folder / "checks.jsonl").write_text(answered, encoding="utf-8", errors="backslashreplace")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw_main(folder / "metrics.png", history)
 
@@ -100,9 +110,10 @@ def write(
         settings=settings | versions,
         every_setting={k: v for k, v in flags.items() if not k.endswith("_token")},
         examples=examples,
+        right=right,
     )
     (folder / "report.html").write_text(html, encoding="utf-8", errors="backslashreplace")  # a path may be no UTF-8
-    _write_card(folder, config, held_out, result, settings, versions, len(examples))
+    _write_card(folder, config, held_out, result, settings, versions, len(examples), right)
 
 
 def draw_main(path: Path, history: list[dict[str, Any]]) -> None:
@@ -122,6 +133,7 @@ def _write_card(
     settings: Mapping[str, Any],
     versions: Mapping[str, str],
     examples: int,
+    right: Right,
 ) -> None:
     # the hub links base model and data by name, so that a local path would be a broken link
     on_hub = {name: None if name is None or Path(name).exists() else name for name in (config.model, config.dataset)}
@@ -146,6 +158,7 @@ def _write_card(
             for label in metric.labels
             if metric.key(label, held_out=True) in held_out
         ]
+        + _right_results(right, hub_dataset or "local", _name(config.check_dataset or config.dataset))
         or None,
     )
     card = ModelCard.from_template(
@@ -159,8 +172,21 @@ def _write_card(
         settings=settings,
         versions=versions,
         examples=examples,
+        right=lines(right),
     )
     card.save(folder / "README.md")
+
+
+def _right_results(right: Right, kind: str, name: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type=kind, dataset_name=name, metric_type="right answers",
+            metric_name=f"right answers, {way}, {group}", metric_value=of[way]["value"],
+        )
+        for group, of in right.get("after", {}).items()
+        for way in (GREEDY, SAMPLED)
+        if way in of
+    ]  # fmt: skip
 
 
 def _result(held_out: Mapping[str, float]) -> dict[str, list[str]]:

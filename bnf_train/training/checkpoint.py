@@ -48,6 +48,7 @@ MAY_CHANGE = {
     *("save_total_limit", "save_only_model", "save_on_each_node", "push_to_hub", "hub_token", "hub_private_repo"),
     *("hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "restore_callback_states_from_checkpoint"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("check", "check_dataset", "check_rows", "check_samples", "check_temperature", "check_max_new_tokens", "check_steps"),
 }
 DIGESTS = {  # compared once they are known
     "rows_digest": "the training rows are others than",

@@ -55,6 +55,7 @@ class ResumeMixin(_Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._partial: Path | None = None  # the folder PARTIAL while a checkpoint is being written
+        self.beside: dict[str, str] = {}  # texts of more files in each checkpoint, by name
         self._step_inputs: list[dict[str, Any]] = []  # micro-batches since the last optimizer step
         self.stop_on_signal = StopOnSignal(self)
         self.add_callback(self.stop_on_signal)
@@ -152,6 +153,8 @@ class ResumeMixin(_Trainer):
             folder = Path(output_dir or self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / ARGUMENTS).write_text(self.args.to_json_string() + "\n")
+            for name, text in self.beside.items():
+                (folder / name).write_text(text)
 
     def _sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)

@@ -152,6 +152,9 @@ ELSEWHERE = {
     "test_errors.py": ("trust_remote_code", "gradient_checkpointing"),
     "test_config.py": ("dtype", "dataset", "model", "hyperparameters", "datasets", "tracebacks"),
     "test_objective_flags.py": ("objective",),
+    "test_checks.py": (
+        *("check", "check_dataset", "check_rows", "check_samples", "check_temperature", "check_max_new_tokens", "check_steps"),
+    ),
     "test_lora.py": ("use_peft", "lora_r", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "load_in_4bit"),
     "test_inherited_flags.py": (
         *(
