@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from preference_rows import PAIRS
+from preference_rows import PAIRS, SINGLES
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bnf_train import demo
@@ -103,6 +103,18 @@ def test_counts_real_tokens_and_multiplies_by_hand(
         assert line["total"] == sum(v for k, v in line.items() if k not in ("method", "strategy", "checkpointing", "total"))
     full = result["cpu_memory"][0]
     assert full["optimizer"] == 2 * full["gradients"] == 8 * result["parameters"]["total"]
+
+
+def test_ktos_estimate_is_a_forward_pass_more(
+    model_folder: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over as many tokens, in each epoch; and the reference scores the mismatched responses, too."""
+    flags = ("--model", str(model_folder), "--dataset", str(write_rows(SINGLES)), "--eval_size", "0", "--num_train_epochs", "2")
+    fixed, kto = (planned(capsys, *flags, "--objective", objective)["flops"] for objective in ("kto_fixed", "kto"))
+    assert "KL estimate" not in fixed
+    assert kto["reference pass"] == 2 * fixed["reference pass"]
+    assert kto["KL estimate"] == 2 * fixed["reference pass"]
+    assert kto["total"] == fixed["total"] + 3 * fixed["reference pass"]
 
 
 PADDED = {"input_ids": torch.zeros(3, 50, dtype=torch.long), "attention_mask": torch.ones(3, 50, dtype=torch.long).tril(40)}
