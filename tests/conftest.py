@@ -41,7 +41,7 @@ if importlib.util.find_spec("triton") is not None:
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=100, **common)
-settings.register_profile("ci", max_examples=50, derandomize=True, print_blob=True, **common)
+settings.register_profile("ci", max_examples=40, derandomize=True, print_blob=True, **common)
 settings.register_profile("quick", max_examples=25, derandomize=True, **common)  # for mutate.py
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 

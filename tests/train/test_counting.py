@@ -392,7 +392,7 @@ def test_every_turn_is_the_mean_over_the_tokens_of_all(model_folder: Path, objec
     close(found, {name: (3 * first[name] + 5 * last[name]) / 8 for name in first})
 
 
-@pytest.mark.parametrize("objective", ["bnf", "log_likelihood", "kto", "dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["bnf", "log_likelihood", "kto_fixed", "dpo", "simpo"])
 def test_a_span_of_weight_0_is_left_out(model_folder: Path, objective: str) -> None:
     """The same step as with the beginning of the response in the prompt."""
     spans, begun = [[0, 2, 0]], [*SHORT, turn("assistant", "we")]

@@ -91,6 +91,7 @@ def same_run(folder: Path, expected: Path, file: str = "model.safetensors", loss
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=weights, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow  # FSDP2 is launched the same way, and DDP without accelerate's launcher in test_scale_out
 def test_two_processes_with_ddp_are_one(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     assert main(flags("one", 1, True, False)) == 0
     said = launch("ddp.yaml", "-m", "bnf_train", *flags("two", 2, True, False))

@@ -43,7 +43,7 @@ def refused(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--objective", "dpi"], "--objective dpi: expected one of bnf, "),
+        (["--objective", "dpi"], "--objective dpi: expected one of bdpo, bnf, "),
         (["--objective", "nowhere.py:loss"], "no such file nowhere.py"),
         (["--beta", "0.1"], "--beta: --objective bnf has no such hyper-parameter"),
         (["--no_such_flag"], "--no_such_flag: no such flag"),

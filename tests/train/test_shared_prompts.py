@@ -253,7 +253,8 @@ SINGLES = [
         (PAIRS, "bnf", ("--use_peft", "--lora_r", "4", "--lora_modules_to_save", "lm_head")),
         (PAIRS, "bnf", ("--gradient_checkpointing",)),
         (PAIRS, "bnf", ("--bf16", "true")),
-        pytest.param(PAIRS, "bnf", ("--torch_compile",), marks=pytest.mark.child),
+        # compiled layers take most of a minute, and a child
+        pytest.param(PAIRS, "bnf", ("--torch_compile",), marks=[pytest.mark.child, pytest.mark.slow]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else x if isinstance(x, str) else f"{len(x)} rows",
 )
