@@ -14,6 +14,7 @@ import jinja2
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from bnf_train.checks import GREEDY, SAMPLED, student
@@ -160,9 +161,9 @@ def table(results: Sequence[Result]) -> Table:
     )
     result.add_column("arm", overflow="fold")
     for heading in headings:
-        result.add_column(heading, justify="right")
+        result.add_column(escape(heading), justify="right")
     for arm, cells in rows:
-        result.add_row(arm, *cells)
+        result.add_row(escape(arm), *cells)
     return result
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,7 +29,7 @@ class Line(NamedTuple):
 
 
 def lines(right: Right) -> list[Line]:
-    """For each group: greedy answers, samples, the best of most samples; lengths, and answers that were cut."""
+    """For each group: greedy answers, samples, the best of most samples; of the samples, lengths and how many were cut."""
     measured = [right[stage] for stage in STAGES if stage in right]
     found = []
     for group, of in (measured[0] if measured else {}).items():
@@ -44,7 +45,7 @@ def _named(of: Mapping[str, Any]) -> dict[str, str]:
     best = [name for name in of if name.startswith("pass@") and name != "pass@1"][-1:]
     last = SAMPLED if SAMPLED in of else GREEDY
     named = {GREEDY: "greedy", SAMPLED: "sampled"} | dict.fromkeys(best, best[0] if best else "")
-    named |= {f"{last}_tokens": f"tokens, {last}", f"{last}_cut": f"cut, {last}"}
+    named |= {f"{last}_tokens": "tokens", f"{last}_cut": "cut"}
     return {name: what for name, what in named.items() if name in of}
 
 
@@ -59,7 +60,7 @@ def _cell(right: Right, stage: str, group: str, name: str, percent: bool) -> str
 
 def right_table(right: Right) -> Table:
     """For a terminal."""
-    result = Table(title=TITLE)
+    result = Table(title=TITLE, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     result.add_column("group", overflow="fold")
     result.add_column("answers")
     for name in (*STAGES, "change"):
@@ -88,7 +89,7 @@ def svg(right: Right) -> bytes:
             axis.set(title=f"Right answers, {name}", ylim=(0, 1.02), ylabel="share" if axis is axes[0] else "")
             axis.yaxis.set_major_formatter("{x:.0%}")
             axis.grid(alpha=0.3, axis="y")
-        axes[-1].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         file = BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
