@@ -1,6 +1,6 @@
 """Make the embedded demo: a small world in which every answer can be checked, and a model of half a million parameters.
 
-    pip install reasoning-gym
+    pip install reasoning-gym     # the extra "demo"
     python -m bnf_train.demo.make_world
 
 Writes model/, preferences.jsonl and check.jsonl beside this file (or into --output), and prints how many answers of the
