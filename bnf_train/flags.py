@@ -87,7 +87,8 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
         name := next((f for f in flags if f.startswith("lora_")), "")
     ):
         raise UsageError(f"--{name}: has no effect without --use_peft true; add it, or leave both out.")
-    if given.get("check") is None and (name := next((f for f in given if f.startswith("check_")), "")):
+    demos = given.get("model", str(demo.MODEL)) == str(demo.MODEL) and not {"dataset", "check"} & given.keys()
+    if given.get("check") is None and not demos and (name := next((f for f in given if f.startswith("check_")), "")):
         raise UsageError(f"--{name}: has no effect without --check; add it, or leave it out.")
     inherited.check(given)  # also where one says what is the default
     model = given.get("model", str(demo.MODEL))
@@ -96,6 +97,8 @@ def parse(arguments: Sequence[str]) -> BNFConfig:
         preset.pop("batch_size", None)  # belongs with the preset's own
     if "model" not in given and "dataset" in given:  # the demo model on somebody's data: as long as it can
         preset.pop("max_length")
+    if {"dataset", "check", "check_dataset"} & given.keys():  # the demo's questions are about the demo's rows
+        preset = {name: value for name, value in preset.items() if not name.startswith("check")}
     sources = given.get("dataset", [])
     given |= {"dataset": " + ".join(sources)} if sources else {}
     own = {name: given.pop(name) for name in list(given) if name not in BNFConfig.__dataclass_fields__}

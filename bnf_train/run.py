@@ -57,7 +57,11 @@ def run(
     """
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
     if config.model == str(demo.MODEL):
-        rows_of = "400 rows of GSM8K solutions" if config.dataset == str(demo.PREFERENCES) else config.dataset
+        rows_of = (
+            "its own answers to short tasks, each of them checked"
+            if config.dataset == str(demo.PREFERENCES)
+            else config.dataset
+        )
         console.print(f"{'No arguments: t' if embedded else 'T'}he embedded demo model, on {rows_of}.")
     try_out(config)
     resumed = _checkpoint(config, console)

@@ -11,11 +11,13 @@ Arms that have finished are not run again: the same command goes on after an int
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from bnf_train import cli, demo
+from bnf_train import cli
 from bnf_train.errors import UsageError
 
+PROBE = Path(__file__).parent / "probe.txt"  # prose on 24 subjects, written for this: nothing of any preference data
 OWN = ("arms", "learning_rates", "seeds", "probe", "responses", "max_new_tokens", "keep_models", "output_dir")
 
 
@@ -54,7 +56,7 @@ def read_options(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, An
     in_file = read_yaml(given["config"]) if "config" in given else {}
     in_file = {str(key).replace("-", "_"): value for key, value in in_file.items()}
     options: dict[str, Any] = {
-        "learning_rates": [], "seeds": [0, 1], "probe": str(demo.PROBE), "responses": 8, "max_new_tokens": 256,
+        "learning_rates": [], "seeds": [0, 1], "probe": str(PROBE), "responses": 8, "max_new_tokens": 256,
         "keep_models": False, "output_dir": "runs/compare",
     }  # fmt: skip
     options |= {key: in_file.pop(key) for key in OWN if key in in_file}

@@ -1,7 +1,7 @@
-"""The embedded default: a tiny pretrained chat model and 400 rows of preference data (see README.md here)."""
+"""The embedded default: a tiny chat model, its own answers to short tasks, questions to measure it on (see README.md here)."""
 
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
-PREFERENCES = Path(__file__).parent / "preferences.jsonl"
-PROBE = Path(__file__).parent / "probe.txt"
+PREFERENCES = Path(__file__).parent / "preferences.jsonl"  # prompt, completion, label
+CHECK = Path(__file__).parent / "check.jsonl"  # prompt, answer, group: never trained on

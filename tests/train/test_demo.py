@@ -1,39 +1,79 @@
 """The embedded default is what its README says."""
 
+import json
 from collections import Counter
+from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train import demo
 from bnf_train.data import Counts, read_rows, tokenize
+from bnf_train.model.generate import generate
+
+CHECK = [json.loads(line) for line in demo.CHECK.read_text().splitlines()]
 
 
-def test_model_and_tokenizer_are_small_and_complete() -> None:
-    weights = demo.MODEL / "model.safetensors"
-    assert weights.stat().st_size <= 6_000_000
-    with safe_open(weights, "pt") as file:
+def solve(prompt: str) -> str:
+    """The answer, computed from the prompt alone."""
+    question, _, rest = prompt.partition(": ")
+    words = rest.split()
+    match question.split():
+        case ["Backward"]:
+            return rest[::-1]
+        case ["Sort"]:
+            return " ".join(sorted(words, key=int))
+        case ["Count", letter]:
+            return str(rest.count(letter))
+        case ["Compute"]:
+            first, plus, second = words
+            assert plus == "+"
+            return str(int(first) + int(second))
+        case ["Swap"]:
+            return " ".join(reversed(words))
+    raise AssertionError(prompt)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(demo.MODEL)
+
+
+def test_model_is_small_and_answers_what_it_was_taught(tokenizer: Any) -> None:
+    with safe_open(demo.MODEL / "model.safetensors", "pt") as file:
         assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in file.keys())  # noqa: SIM118
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo.MODEL), AutoTokenizer.from_pretrained(demo.MODEL)
-    assert model.num_parameters() == 2_828_736
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32)
+    assert model.num_parameters() == 468_768
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Ann has 3 apples and buys 4 more. How many apples does she have?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-    )
-    answer = model.generate(**prompt, max_new_tokens=120, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    text = tokenizer.decode(answer)
-    assert "apples" in text
-    assert "A: " in text
-    assert text.endswith("<|im_end|>")  # it ends its turn
+    rows = [row for row in CHECK if row["group"] == "others"][:40]
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    answers = generate(model, tokenizer, prompts, torch.device("cpu"), max_new_tokens=40, batch_size=40)
+    assert not any(answer.cut for answer in answers)  # it ends its turn
+    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+    assert sum(text == row["answer"] for text, row in zip(texts, rows, strict=True)) >= 36
 
 
-def test_preferences_are_400_rows_that_fit() -> None:
+@pytest.mark.parametrize("text", ["Sort: 3 1 2", "Grüße, 世界 🙂\n", "<user> Counting"])
+def test_tokenizer_writes_any_text(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_preferences_are_the_models_own_samples_with_labels_that_are_true(tokenizer: Any) -> None:
     rows = read_rows(str(demo.PREFERENCES))
-    assert Counter(row["label"] for row in rows) == {True: 200, False: 200}
-    assert len({(row["prompt"], row["completion"]) for row in rows}) == 400
-    kept, counts = tokenize(rows, AutoTokenizer.from_pretrained(demo.MODEL), 320, "demo")
-    assert counts == Counts(rows=400)
-    assert len(kept) == 400
+    assert all(row["label"] == (row["completion"] == solve(row["prompt"])) for row in rows)
+    assert set(Counter(row["prompt"] for row in rows).values()) <= {1, 2, 3, 4, 5}
+    assert 0.4 < sum(row["label"] for row in rows) / len(rows) < 0.6
+    kept, counts = tokenize(rows, tokenizer, 128, "demo")
+    assert counts == Counts(rows=len(rows))
+    assert len(kept) == len(rows) > 3900
+
+
+def test_questions_to_measure_on_are_new_and_their_answers_true() -> None:
+    assert Counter(row["group"] for row in CHECK) == {"target": 200, "others": 200}
+    assert all(row["answer"] == solve(row["prompt"]) for row in CHECK)
+    prompts = [row["prompt"] for row in CHECK]
+    assert len(set(prompts)) == 400
+    assert not {row["prompt"] for row in read_rows(str(demo.PREFERENCES))} & set(prompts)
