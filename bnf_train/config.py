@@ -34,12 +34,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     str(demo.MODEL): {
         "dataset": str(demo.PREFERENCES),
         "learning_rate": 1e-4,
-        "batch_size": 64,
-        "per_device_train_batch_size": 64,
+        "batch_size": 32,
+        "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
         "max_length": 128,
         "eval_strategy": "steps",
-        "eval_steps": 19,
+        "eval_steps": 38,
         "save_strategy": "no",
     },
 }
