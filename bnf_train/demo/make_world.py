@@ -306,6 +306,7 @@ def main() -> None:
         print(f"{group}: {right(of_group, answers):.3f} right at temperature 1 ({names})")
     samples = sample(model, tokenizer, [question.prompt for question in asked], 5)
     chosen = preferences(asked, samples)
+    random.Random(args.seed).shuffle(chosen)
     share, seconds = sum(row["label"] for row in chosen) / len(chosen), time.time() - start
     print(f"{len(chosen)} preference rows, {share:.3f} right; checked and sampled in {seconds:.0f} s")
     write(args.output / "preferences.jsonl", chosen)
