@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train import demo
 from bnf_train.data import Counts, read_rows, tokenize
+from bnf_train.errors import UsageError
+from bnf_train.flags import parse
 from bnf_train.model.generate import generate
 
 CHECK = [json.loads(line) for line in demo.CHECK.read_text().splitlines()]
@@ -78,3 +80,15 @@ def test_questions_to_measure_on_are_new_and_their_answers_true() -> None:
     prompts = [row["prompt"] for row in CHECK]
     assert len(set(prompts)) == 400
     assert not {row["prompt"] for row in read_rows(str(demo.PREFERENCES))} & set(prompts)
+
+
+def test_right_answers_are_counted_where_they_are_the_demos() -> None:
+    """Its questions are about its rows: somebody's own rows or check come without them."""
+    config = parse([])
+    assert (config.check, config.check_dataset, config.check_rows) == ("exact", str(demo.CHECK), len(CHECK))
+    assert parse(["--check_samples", "1"]).check_samples == 1
+    assert parse(["--dataset", "rows.jsonl"]).check is None
+    own = parse(["--check", "contains"])
+    assert (own.check, own.check_dataset) == ("contains", None)
+    with pytest.raises(UsageError, match="--check_samples: has no effect without --check"):
+        parse(["--dataset", "rows.jsonl", "--check_samples", "1"])
