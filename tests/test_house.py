@@ -52,6 +52,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "run", "training"],
     "bnf_train/compare": ["checks", "cli", "config", "data", "errors", "flags", "model", "run", "training"],
     "bnf_train/analyze": ["checks", "cli", "data", "errors", "model"],
+    "bnf_train/sample": ["checks", "cli", "data", "errors", "model"],
     "bnf_train/plan": ["cli", "config", "data", "errors", "flags", "model", "objectives"],
     "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],

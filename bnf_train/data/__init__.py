@@ -2,7 +2,7 @@
 
 from bnf_train.data.collate import Collator, by_prompt, logical_tokens, model_inputs, packed, passes, spared
 from bnf_train.data.mismatch import mismatch
-from bnf_train.data.prompts import Prompt, prompts, read_prompts
+from bnf_train.data.prompts import Prompt, prompts, read_prompts, unrendered
 from bnf_train.data.read import has_splits, parse_share, parse_source, read_rows
 from bnf_train.data.rows import Counts, Response, Row, RowRefused, Rules
 from bnf_train.data.select import check_ids, digest, mask_pairs, read_and_tokenize, split_by_prompt
@@ -40,4 +40,5 @@ __all__ = [
     "spared",
     "split_by_prompt",
     "tokenize",
+    "unrendered",
 ]

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bnf_train.data.conversations import RESPONSES
+from bnf_train.data.conversations import RESPONSES, to_conversation
 from bnf_train.data.files import RawRow
 from bnf_train.data.read import has_splits, read_rows
-from bnf_train.data.rows import Counts, Rules
+from bnf_train.data.rows import Counts, RowRefused, Rules
 from bnf_train.data.template import SENTINEL, Options
 from bnf_train.data.tokens import tokenize
 from bnf_train.data.values import list_or_text
@@ -24,7 +24,7 @@ class Prompt:
     """A prompt to be answered.
 
     Attributes:
-      ids: token ids up to where the answer begins.
+      ids: token ids up to where the answer begins; none where `unrendered`.
       text: of the last message of the user.
       key: the whole conversation, as `Row.prompt`.
       columns: of the row, as they stand in the data.
@@ -37,6 +37,12 @@ class Prompt:
     columns: Mapping[str, Any]
     number: int
     source: str
+
+    @property
+    def conversation(self) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        """Its messages, and the tools that there are."""
+        messages, tools = json.loads(self.key)
+        return messages, tools
 
     @property
     def where(self) -> str:
@@ -73,6 +79,28 @@ def prompts(
         prompt = Prompt(ids, _last_words(row.prompt), row.prompt, columns[row.number], row.number, source)
         found.setdefault(row.prompt, prompt)
     return list(found.values()), counts
+
+
+def unrendered(rows: Sequence[RawRow], source: str) -> list[Prompt]:
+    """As `prompts`, for a server that has the tokenizer: messages alone.
+
+    Raises:
+      UsageError: a row has no prompt, or one that cannot be read.
+
+    Example:
+      >>> [prompt.text for prompt in unrendered([{"question": "2 + 2?"}, {"prompt": "2 + 2?"}], "rows.jsonl")]
+      ['2 + 2?']
+    """
+    found: dict[str, Prompt] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{source}, row {number}"
+        try:
+            read = to_conversation(_with_one_response(row, where), where)
+        except RowRefused as refused:
+            raise UsageError(str(refused)) from refused
+        key = json.dumps([read.prompt, read.tools], sort_keys=True, default=str)
+        found.setdefault(key, Prompt([], _last_words(key), key, row, number, source))
+    return list(found.values())
 
 
 def read_prompts(source: str) -> list[RawRow]:

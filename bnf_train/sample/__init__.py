@@ -1,0 +1,1 @@
+"""Rows from a model's own answers: `python -m bnf_train.sample`."""
