@@ -34,7 +34,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--server", metavar="URL", help="or an OpenAI-compatible server, as http://host:port/v1; its key in OPENAI_API_KEY")
     add("--server_model", metavar="NAME", help="what the server calls its model")
     add("--concurrency", type=int, default=8, metavar="N", help="prompts that the server has at once (default: %(default)s)")
-    add("--prompts", required=True, metavar="FILE", help="rows with a prompt: a file, folder, or hub dataset (NAME=SPLIT)")
+    add(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="rows with a prompt: a file, or a training split of a folder or hub dataset (another: NAME=SPLIT)",
+    )
     add("--output", required=True, metavar="FILE", help="the rows, a new .jsonl file")
     add("--form", choices=("singles", "groups", "pairs"), default="singles", help="a row an answer, a row a prompt with all of "
         "its answers, or its best and its worst (default: %(default)s)")  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from bnf_train.data import Prompt, Rules, prompts, read_prompts, unrendered
+from bnf_train.data import Prompt, Rules, prompts, read_rows, unrendered
 from bnf_train.errors import UsageError
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.sample.answers import Answers, Partial
@@ -63,7 +63,7 @@ def sample(flags: argparse.Namespace, console: Console) -> None:
 
 def _prompts(flags: argparse.Namespace, console: Console) -> list[Prompt]:
     try:
-        raw = read_prompts(flags.prompts)
+        raw = read_rows(flags.prompts)
         if flags.model is None:
             return unrendered(raw, flags.prompts)
         tokenizer = load_tokenizer(flags.model, flags.trust_remote_code)

@@ -1,12 +1,15 @@
 """Rows from a model's own answers: forms, labels, what a kill leaves, and a server that fails."""
 
 import doctest
+import importlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -49,7 +52,7 @@ def is_even(text: str) -> bool:
     return sum(map(ord, text)) % 2 == 0
 
 
-@pytest.mark.parametrize("module", [command, forms, local])
+@pytest.mark.parametrize("module", [command, forms, local, importlib.import_module("bnf_train.data.prompts")])
 def test_doctests(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted
@@ -93,10 +96,11 @@ def test_singles_groups_and_pairs(
         assert not counts.left_out
 
 
-@pytest.mark.parametrize("place", [0.3, 0.6, 0.9])
+# whole lines, the first of which says what was asked, and characters of the next one
+@pytest.mark.parametrize(("whole_lines", "more"), [(0, 20), (1, 0), (2, 20), (4, 1), (5, 0)])
 def test_what_was_stopped_goes_on_as_if_it_had_not_been(
-    model_folder: Path, write_rows: Write, tmp_path: Path, even: str, place: float, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model_folder: Path, write_rows: Write, tmp_path: Path, even: str, whole_lines: int, more: int,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     source = write_rows(ROWS, "prompts.jsonl")
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
@@ -108,14 +112,29 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda path, **_: kept.update({path.name: path.read_bytes()}))
         assert main(asked(whole)) == 0
-    content = kept["whole.partial.jsonl"]
-    at = int(len(content) * place)
-    cut.with_suffix(".partial.jsonl").write_bytes(content[:at])
-    there = content[:at].count(b"\n") - 1
+    written = kept["whole.partial.jsonl"].splitlines(keepends=True)
+    assert len(written) == 1 + len(ROWS)
+    left = b"".join(written[:whole_lines]) + b"".join(written[whole_lines:])[:more]
+    cut.with_suffix(".partial.jsonl").write_bytes(left)
+    there = max(whole_lines - 1, 0)
     capsys.readouterr()
     assert main(asked(cut)) == 0
     assert cut.read_bytes() == whole.read_bytes()
     assert (f"answers to {there} prompts are there" in capsys.readouterr().out) == (there > 0)
+
+
+def test_prompts_are_those_of_the_training_split(
+    completions: tuple[str, type["Completions"]], write_rows: Write, tmp_path: Path
+) -> None:
+    """Rows that are trained on may not come of what is tested on."""
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        write_rows([{"prompt": f"{name}?", "answer": 1}], f"data/{name}.jsonl")
+    for more, prompt in (("", "train?"), ("=test", "test?")):
+        output = tmp_path / f"{prompt[:-1]}.jsonl"
+        asked = ["--server", completions[0], "--server_model", "tiny", "--prompts", f"{tmp_path / 'data'}{more}"]
+        assert main([*asked, "--output", str(output)]) == 0
+        assert [row["prompt"] for row in lines(output)] == [prompt] * 5
 
 
 def test_a_file_of_other_arguments_is_refused(
@@ -325,6 +344,19 @@ def test_what_is_no_answer_is_not_asked_for_again(
         list(server.Server(url, "tiny", 2, 0, {})(unrendered(ROWS[:1], "rows"), ()))
     assert sentence in str(error.value)
     assert len(handler.seen) == 1
+
+
+def test_a_pause_is_as_long_as_the_server_asks_for() -> None:
+    def asked_for(after: str, pause: float | None) -> float | None:
+        headers = Message()
+        headers["Retry-After"] = after
+        return server._asked_for(HTTPError("", 429, "", headers, None), pause)
+
+    assert asked_for("3", 1.0) == 3.0
+    assert asked_for("3", 8.0) == 8.0
+    assert asked_for("3600", 1.0) == server.LONGEST_PAUSE
+    assert asked_for("Wed, 21 Oct 2015 07:28:00 GMT", 1.0) == 1.0
+    assert asked_for("3", None) is None
 
 
 def test_a_server_that_is_not_there(completions: tuple[str, type[Completions]]) -> None:
