@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,12 @@ def sample(flags: argparse.Namespace, console: Console) -> None:
     with Partial(path, arguments) as partial:
         if partial.resumed:
             console.print(f"{path}: answers to {partial.resumed:,} prompts are there; going on.", markup=False)
-        with tqdm(
-            total=len(asked), initial=partial.resumed, desc="prompts", disable=True if flags.disable_tqdm else None
-        ) as bar:
-            for place, answers in _drawn(flags, asked, partial, device):
+        quiet = True if flags.disable_tqdm else None  # None: on a terminal only
+        with (
+            tqdm(total=len(asked), initial=partial.resumed, desc="prompts", disable=quiet) as bar,
+            closing(_drawn(flags, asked, partial, device)) as drawn,  # a server is asked no more where labelling fails
+        ):
+            for place, answers in drawn:
                 partial.add(place, answers if label is None else label(asked[place], answers))
                 bar.update()
     found = [partial.found[place] for place in range(len(asked))]
@@ -95,18 +98,19 @@ def _label(flags: argparse.Namespace, asked: list[Prompt], device: torch.device)
 
 def _drawn(
     flags: argparse.Namespace, asked: list[Prompt], partial: Partial, device: torch.device
-) -> Iterator[tuple[int, Answers]]:
+) -> Generator[tuple[int, Answers], None, None]:
     """Answers to all prompts that have none yet."""
     if len(partial.found) == len(asked):
-        return iter(())
+        return
     how = {"temperature": flags.temperature, "top_p": flags.top_p}
     if flags.server is not None:
         how |= {"max_tokens": flags.max_new_tokens}
         server = Server(flags.server, flags.server_model, flags.samples, flags.seed, how, flags.concurrency)
-        return server(asked, set(partial.found))
+        yield from server(asked, set(partial.found))
+        return
     model = load_model(flags.model, flags.trust_remote_code).to(device)
     tokenizer = load_tokenizer(flags.model, flags.trust_remote_code)
-    return from_model(
+    yield from from_model(
         model, tokenizer, asked, set(partial.found), device, torch.bfloat16 if flags.bf16 else None, samples=flags.samples,
         batch_size=flags.batch_size, seed=flags.seed, max_new_tokens=flags.max_new_tokens, **how,
     )  # fmt: skip
@@ -124,7 +128,10 @@ def _write(output: Path, asked: list[Prompt], found: list[Answers], flags: argpa
     for prompt, answers in zip(asked, found, strict=True):
         made += rows(prompt, answers, flags.form, flags.reward_model is not None)
     if not made:
-        raise UsageError(f"--form {flags.form}: no row comes of these answers: they are empty, or alike for every prompt.")
+        raise UsageError(
+            f"--form {flags.form}: no row comes of these answers, which are empty, or alike for every prompt; they are kept, so "
+            "that the same call with --form singles or groups goes on with them."
+        )
     try:
         unfinished = output.with_suffix(".unfinished.jsonl")
         unfinished.write_text(

@@ -123,6 +123,19 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(
     assert (f"answers to {there} prompts are there" in capsys.readouterr().out) == (there > 0)
 
 
+def test_another_form_of_the_answers_that_are_there(
+    completions: tuple[str, type["Completions"]], write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_rows(ROWS, "prompts.jsonl"), tmp_path / "rows.jsonl"
+    asked = ["--server", completions[0], "--server_model", "tiny", "--prompts", str(source), "--output", str(output)]
+    assert main([*asked, "--check", "regex=.", "--form", "pairs"]) == 2
+    assert "alike for every prompt" in capsys.readouterr().err
+    before = len(completions[1].seen)
+    assert main([*asked, "--check", "regex=.", "--form", "groups"]) == 0
+    assert len(completions[1].seen) == before
+    assert [row["labels"] for row in lines(output)] == [[True] * 5] * 4
+
+
 def test_prompts_are_those_of_the_training_split(
     completions: tuple[str, type["Completions"]], write_rows: Write, tmp_path: Path
 ) -> None:
