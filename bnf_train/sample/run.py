@@ -129,8 +129,8 @@ def _write(output: Path, asked: list[Prompt], found: list[Answers], flags: argpa
         made += rows(prompt, answers, flags.form, flags.reward_model is not None)
     if not made:
         raise UsageError(
-            f"--form {flags.form}: no row comes of these answers, which are empty, or alike for every prompt; they are kept, so "
-            "that the same call with --form singles or groups goes on with them."
+            f"--form {flags.form}: no row comes of these answers, which are empty, or alike for every prompt; they are kept: "
+            "the same call with --form singles or groups goes on with them."
         )
     try:
         unfinished = output.with_suffix(".unfinished.jsonl")

@@ -29,7 +29,7 @@ class Server:
       url: up to /v1.
       model: the server's name of it.
       how: temperature, top_p and max_tokens of a request.
-      stop: set when no request is to be tried again.
+      stop: set when nothing more is to be asked.
     """
 
     url: str
@@ -50,23 +50,28 @@ class Server:
         self.stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            futures = {pool.submit(self.answers, prompts[place], place): place for place in missing}
+            futures = {pool.submit(self._unless_stopped, prompts[place], place): place for place in missing}
             failed: BaseException | None = None
             for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                if (error := future.exception()) is None:
-                    yield futures[future], future.result()  # behind a failure, too: what is under way is not lost
-                    continue
-                failed = failed or error
-                self.stop.set()
-                for other in futures:
-                    other.cancel()
+                if (error := future.exception()) is not None:
+                    failed = failed or error
+                elif (answers := future.result()) is not None:
+                    yield futures[future], answers  # behind a failure, too: what is under way is not lost
             if failed is not None:
                 raise failed
         finally:
             self.stop.set()
             pool.shutdown(cancel_futures=True)
+
+    def _unless_stopped(self, prompt: Prompt, place: int) -> Answers | None:
+        """As `answers`; none once others have failed, or when the call ends."""
+        if self.stop.is_set():
+            return None
+        try:
+            return self.answers(prompt, place)
+        except BaseException:
+            self.stop.set()
+            raise
 
     def answers(self, prompt: Prompt, place: int) -> Answers:
         """The answers to one prompt; a server that gives fewer than it is asked for is asked again for the rest."""
