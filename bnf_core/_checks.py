@@ -30,6 +30,19 @@ def check_floating(name: str, value: object, shape: tuple[int, ...] | None = Non
         raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}.")
 
 
+def check_head(hidden: object, weight: object) -> None:
+    """A head's operands: floating-point, (tokens, dim) and (vocab, dim)."""
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    assert isinstance(hidden, Tensor)
+    assert isinstance(weight, Tensor)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
+        raise ValueError(
+            "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
+        )
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     devices = {name: value.device for name, value in tensors.items() if value is not None}
     if len(set(devices.values())) > 1:

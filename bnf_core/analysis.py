@@ -13,6 +13,7 @@ from bnf_core._checks import (
     IGNORE,
     at_least_float32,
     check_floating,
+    check_head,
     check_labels,
     check_positive,
     check_same_device,
@@ -409,13 +410,7 @@ def _checked_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> tuple[torch.dtype, float | None, float]:
     """The dtype that operands are rounded to, and the checked softcap and scale."""
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
-        raise ValueError(
-            "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
-        )
+    check_head(hidden, weight)
     if bias is not None:
         check_floating("bias", bias, (weight.shape[0],))
     check_same_device(hidden=hidden, weight=weight, bias=bias)

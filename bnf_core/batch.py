@@ -11,7 +11,15 @@ from torch import Tensor
 
 from bnf_core._checks import at_least_float32, check_floating, check_same_device, describe, first_position
 
-__all__ = ["PairConstraint", "PairLogps", "TokenBatch", "checked_pairs", "pair_logps", "sequence_logps"]
+__all__ = [
+    "PairConstraint",
+    "PairLogps",
+    "TokenBatch",
+    "checked_pairs",
+    "pair_logps",
+    "sequence_log_ratios",
+    "sequence_logps",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,6 +264,28 @@ def sequence_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Flo
     check_floating("log_odds", log_odds, tuple(batch.response.shape))
     check_same_device(log_odds=log_odds, response=batch.response)
     return batch.sum(F.logsigmoid(at_least_float32(log_odds)))
+
+
+def sequence_log_ratios(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor, " responses"]:
+    """log P = log pi(y) - log pi_ref(y) of each response (`sequence_logps`), in nats.
+
+    Args:
+      log_odds: l of each response token under the policy. Differentiable.
+      batch: needs `ref_log_odds`, a constant.
+
+    Raises:
+      ValueError: as `sequence_logps`, or no `ref_log_odds`.
+
+    Example:
+      >>> import torch
+      >>> batch = TokenBatch(torch.tensor([0, 0]), torch.tensor([True]), ref_log_odds=torch.full((2,), -1.0986123))
+      >>> sequence_log_ratios(torch.zeros(2), batch)  # (0.5 / 0.25)^2
+      tensor([1.3863])
+    """
+    if batch.ref_log_odds is None:
+        raise ValueError("batch.ref_log_odds: expected the log-odds of the reference for this objective, got None.")
+    logps = sequence_logps(log_odds, batch)
+    return logps - sequence_logps(batch.ref_log_odds.detach().to(logps.dtype), batch)
 
 
 def pair_logps(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> PairLogps:

@@ -70,8 +70,12 @@ def run(
     rows = _read(config, resumed, console)
     objective, pairwise = _objective(config, rows)
     if objective_spec(objective).reference_point:
-        for part in (rows.train, rows.held_out):
-            rows.mismatched.extend(mismatch(part, config.max_length))
+        rows.mismatched.extend(mismatch(rows.train, config.max_length))
+        rows.mismatched.extend(mismatch(rows.held_out, config.max_length, before=rows.train))
+        console.print(
+            f"The reference point of {config.objective} is estimated in each step, from every prompt with another prompt's "
+            "response: one forward pass more."
+        )
     questions = _questions(config, rows, console)
     model, collator, reference_seconds = _score(config, rows, resumed, console)
     measured = None if questions is None else Measured(questions)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from bnf_core._checks import (
     IGNORE,
     check_floating,
+    check_head,
     check_labels,
     check_positive,
     check_same_device,
@@ -277,13 +278,7 @@ def _checked(
     chunk_size: int | None,
     exact: bool,
 ) -> tuple[HeadOptions, str, Tensor]:
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
-        raise ValueError(
-            "hidden and weight: expected shapes (tokens, dim) and (vocab, dim), "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
-        )
+    check_head(hidden, weight)
     ids = label_ids(labels, (hidden.shape[0],))
     if bias is not None:
         check_floating("bias", bias, (weight.shape[0],))

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bnf_core._checks import check_number, check_positive
-from bnf_core.batch import TokenBatch, sequence_logps
+from bnf_core.batch import TokenBatch, sequence_log_ratios, sequence_logps
 from bnf_core.objectives import weights
 from bnf_core.objectives.bnf import check_side, of_side
 from bnf_core.objectives.registry import objective
@@ -230,7 +230,7 @@ def npo_constraint(log_odds: Tokens, batch: TokenBatch, *, beta: float = 0.1) ->
 def npo(log_odds: Tokens, batch: TokenBatch, *, beta: float = 0.1) -> Responses:
     """NPO, negative preference optimization: -(2 / beta) log sigmoid(-beta log P); of a preferred response -log pi(y)."""
     beta = check_positive("beta", beta)
-    loss = 2 / beta * F.softplus(beta * weights.log_ratio(log_odds, batch))
+    loss = 2 / beta * F.softplus(beta * sequence_log_ratios(log_odds, batch))
     return torch.where(batch.preferred, -sequence_logps(log_odds, batch), loss)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bnf_core._checks import at_least_float32, check_bool, check_floating, check_positive, check_reference_point
-from bnf_core.batch import TokenBatch, sequence_logps
+from bnf_core.batch import TokenBatch, sequence_log_ratios
 from bnf_core.objectives.registry import objective
 
 __all__ = ["kto", "kto_constraint", "kto_fixed"]
@@ -60,7 +60,7 @@ def _fixed_constraint(
     lambda_u: float = 1.0,
     z0: float | Float[Tensor, ""] = 0.0,
 ) -> Float[Tensor, " responses"]:
-    ratio = _log_ratio(log_odds, batch).detach()
+    ratio = sequence_log_ratios(log_odds, batch).detach()
     return kto_constraint(ratio, batch.preferred, beta=beta, lambda_d=lambda_d, lambda_u=lambda_u, z0=z0)
 
 
@@ -86,7 +86,7 @@ def _losses(
 ) -> Tensor:
     beta, z0 = check_positive("beta", beta), check_reference_point(z0)
     lambda_d, lambda_u = check_positive("lambda_d", lambda_d, zero=True), check_positive("lambda_u", lambda_u, zero=True)
-    x = beta * (_log_ratio(log_odds, batch) - max(z0, 0.0))
+    x = beta * (sequence_log_ratios(log_odds, batch) - max(z0, 0.0))
     # 1 - sigmoid(x) = sigmoid(-x); through its logarithm, because sigmoid's own backward, y (1 - y), cancels at y = 1
     return torch.where(batch.preferred, lambda_d * F.logsigmoid(-x).exp(), lambda_u * F.logsigmoid(x).exp())
 
@@ -113,13 +113,6 @@ def kto(
 ) -> Float[Tensor, " responses"]:
     """KTO, Kahneman-Tversky optimization: `kto_fixed` with z0 = `batch.z0`, the estimate of this step."""
     return _losses(log_odds, batch, beta=beta, lambda_d=lambda_d, lambda_u=lambda_u, z0=_estimate(batch))
-
-
-def _log_ratio(log_odds: Tensor, batch: TokenBatch) -> Tensor:
-    if batch.ref_log_odds is None:
-        raise ValueError("batch.ref_log_odds: expected the log-odds of the reference for KTO, got None.")
-    logps = sequence_logps(log_odds, batch)
-    return logps - sequence_logps(batch.ref_log_odds.detach().to(logps.dtype), batch)
 
 
 def _estimate(batch: TokenBatch) -> Tensor:

@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bnf_core._checks import at_least_float32, check_floating, check_number, check_positive, check_same_device
-from bnf_core.batch import TokenBatch, sequence_logps
+from bnf_core.batch import TokenBatch, sequence_log_ratios, sequence_logps
 from bnf_core.objectives.bnf import Side, bnf_weight, check_side, of_side
 from bnf_core.objectives.likelihood import log_likelihood_constraint
 from bnf_core.objectives.registry import Objective, objective
@@ -160,7 +160,7 @@ def npo(log_odds: Float[Tensor, " tokens"], batch: TokenBatch, *, beta: float = 
 
     Zhang et al. 2024, Negative preference optimization: from catastrophic collapse to effective unlearning (arXiv:2404.05868).
     """
-    return 2 * torch.sigmoid(check_positive("beta", beta) * log_ratio(log_odds, batch).detach())
+    return 2 * torch.sigmoid(check_positive("beta", beta) * sequence_log_ratios(log_odds, batch).detach())
 
 
 def sim_npo(
@@ -180,15 +180,7 @@ def topr(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor,
 
     Le Roux et al. 2025, Tapered off-policy REINFORCE (arXiv:2503.14286).
     """
-    return log_ratio(log_odds, batch).detach().clamp(max=0).exp()
-
-
-def log_ratio(log_odds: Float[Tensor, " tokens"], batch: TokenBatch) -> Float[Tensor, " responses"]:
-    """log P = log pi(y) - log pi_ref(y), sums over response tokens, in nats. Differentiable in log_odds."""
-    if batch.ref_log_odds is None:
-        raise ValueError("batch.ref_log_odds: expected the log-odds of the reference for this weight, got None.")
-    logps = sequence_logps(log_odds, batch)
-    return logps - sequence_logps(batch.ref_log_odds.detach().to(logps.dtype), batch)
+    return sequence_log_ratios(log_odds, batch).detach().clamp(max=0).exp()
 
 
 # --- objectives from them --------------------------------------------------------------------------------------------

@@ -29,16 +29,14 @@ LABELS = {"preferred": True, "dispreferred": False}
 BINS = 10
 
 
+def _table(title: str, caption: str) -> Table:
+    return Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+
+
 def table(result: dict[str, Any]) -> Table:
     """Means, with medians in brackets below; narrow enough for 80 columns."""
     is_greedy = "reference_length" in result
-    out = Table(
-        title=_title(result),
-        caption="mean, (median) over responses; log π in nats, Δz: logit of the target token",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    out = _table(_title(result), "mean, (median) over responses; log π in nats, Δz: logit of the target token")
     out.add_column("policy", overflow="fold")
     for heading in ("tokens", "Δ log π", "|Δz|", "Δ log π\nper token", "|Δz|\nper token", "Gini"):
         out.add_column(heading, justify="right")
@@ -51,13 +49,7 @@ def table(result: dict[str, Any]) -> Table:
 
 def displacement_table(result: dict[str, Any]) -> Table:
     """As `table`: how many tokens fell, and whether the argmax token took their mass."""
-    out = Table(
-        title="Displacement",
-        caption="mean, (median) over responses; argmax: mean probability of the most likely token",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    out = _table("Displacement", "mean, (median) over responses; argmax: mean probability of the most likely token")
     out.add_column("policy", overflow="fold")
     for heading in ("tokens whose\nlikelihood fell", "argmax,\nbefore", "argmax,\nafter"):
         out.add_column(heading, justify="right")
@@ -77,13 +69,7 @@ def _add_rows(out: Table, result: dict[str, Any], metrics: Sequence[str]) -> Non
 
 def right_table(right: dict[str, Any]) -> Table:
     """Right answers of every model, with intervals below; narrow enough for 80 columns."""
-    out = Table(
-        title="Right answers, greedy and sampled",
-        caption="in brackets 95 % intervals over prompts",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    out = _table("Right answers, greedy and sampled", "in brackets 95 % intervals over prompts")
     out.add_column("group", overflow="fold")
     out.add_column("model", overflow="fold")
     names = [n for n in next(iter(next(iter(right["models"].values())).values())) if n != "prompts" and "_" not in n]

@@ -6,11 +6,11 @@ from bnf_train.data.rows import Response, Row
 from bnf_train.errors import UsageError
 
 
-def mismatch(rows: Sequence[Row], max_length: int) -> list[Row]:
+def mismatch(rows: Sequence[Row], max_length: int, before: Sequence[Row] = ()) -> list[Row]:
     """Gives every response a `mismatched` one, and returns those, as rows of one response.
 
     It is that of the last response before it (before the first stands the last) to another prompt: always the same, so that
-    the reference's log-odds of it are computed once. It is cut at `max_length` tokens.
+    the reference's log-odds of it are computed once. It is cut at `max_length` tokens. Rows `before` only lend theirs.
 
     Raises:
       UsageError: all rows have one prompt.
@@ -21,9 +21,10 @@ def mismatch(rows: Sequence[Row], max_length: int) -> list[Row]:
       [[5, 6, 9, 9], [8, 7]]
     """
     found: list[Row] = []
-    every = [(row, response, response.input_ids[: response.prompt_length]) for row in rows for response in row.responses]
+    lent, every = ([(row, r, r.input_ids[: r.prompt_length]) for row in part for r in row.responses] for part in (before, rows))
+    first, every = len(lent), lent + every
     other = -1
-    for place, (row, response, prompt) in enumerate(every):
+    for place, (row, response, prompt) in enumerate(every[first:], start=first):
         if place and every[place - 1][2] != prompt:
             other = place - 1
         while every[other][2] == prompt:

@@ -53,3 +53,11 @@ def test_a_batch_carries_them() -> None:
     batch = Collator(0, packed=True)([*rows, Row("", [])])
     assert batch["mismatched"]["input_ids"].flatten().tolist() == [1, 20, 2, 10]
     assert "mismatched" not in Collator(0)([Row("", [])])
+
+
+def test_rows_of_one_prompt_may_borrow() -> None:
+    """Held-out rows do from the training rows, which do not borrow from them."""
+    train, held_out = [row([1], [10]), row([2], [20])], [row([3], [30], [31])]
+    assert pairs(mismatch(train, 100)) == [([1], [20]), ([2], [10])]
+    assert pairs(mismatch(held_out, 100, before=train)) == [([3], [20]), ([3], [20])]
+    assert [r.mismatched.input_ids for one in train for r in one.responses if r.mismatched] == [[1, 20], [2, 10]]
