@@ -20,7 +20,8 @@ from bnf_train.errors import UsageError
 
 PROBE = Path(__file__).parent / "probe.txt"  # prose on 24 subjects, written for this: nothing of any preference data
 OWN = (
-    "arms", "learning_rates", "seeds", "probe", "responses", "max_new_tokens", "keep_models", "arm_reports", "jobs", "output_dir",
+    "arms", "learning_rates", "seeds", "probe", "responses", "max_new_tokens", "keep_models", "arm_reports", "jobs",
+    "output_dir",
 )  # fmt: skip
 
 

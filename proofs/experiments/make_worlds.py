@@ -48,9 +48,10 @@ def pairs_of(rows: list[Row]) -> list[Row]:
     ]
 
 
-def foreign(rows: list[Row], model: Path) -> list[Row]:
+def foreign(rows: list[Row], model: Path, device: str) -> list[Row]:
     """Wrong samples replaced by wrong ones of another model; one that this model has none for stays out."""
-    tokenizer, other = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    other = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
     right = {row["prompt"]: row["completion"] for row in rows if row["label"]}
     prompts = [prompt for prompt in dict.fromkeys(row["prompt"] for row in rows) if prompt in right]
     torch.manual_seed(0)
@@ -69,18 +70,21 @@ def unrelated(rows: list[Row], rng: random.Random) -> list[Row]:
     """Wrong samples replaced by the right answer to another prompt of the same task."""
     right = {row["prompt"]: row["completion"] for row in rows if row["label"]}
     by_task: dict[str, list[str]] = {}
-    for prompt in right:
-        by_task.setdefault(prompt.split(":")[0], []).append(prompt)
+    for prompt, text in right.items():
+        by_task.setdefault(_task(prompt), []).append(text)
     replaced = []
     for row in rows:
-        text = row["completion"]
-        while not row["label"] and text in (row["completion"], right.get(row["prompt"])):
-            text = right[rng.choice(by_task[row["prompt"].split(":")[0]])]
-        replaced.append(row | {"completion": text})
+        others = [text for text in by_task.get(_task(row["prompt"]), []) if text != right.get(row["prompt"])]
+        if row["label"] or others:
+            replaced.append(row if row["label"] else row | {"completion": rng.choice(others)})
     return replaced
 
 
-def derive(worlds: Path, seed: int, other: int) -> None:
+def _task(prompt: str) -> str:
+    return prompt.split(":")[0]
+
+
+def derive(worlds: Path, seed: int, other: int, device: str) -> None:
     folder, rng = worlds / str(seed), random.Random(seed)
     rows = read(folder / "preferences.jsonl")
     pairs = pairs_of(rows)
@@ -90,7 +94,7 @@ def derive(worlds: Path, seed: int, other: int) -> None:
         "wrong": [row for row in rows if not row["label"]],
         "pairs": pairs,
         "half_of_pairs": pairs[: len(pairs) // 2],
-        "foreign": foreign(rows, worlds / str(other) / "model"),
+        "foreign": foreign(rows, worlds / str(other) / "model", device),
         "unrelated": unrelated(rows, rng),
     }
     for name, content in made.items():
@@ -103,19 +107,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/worlds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=1, help="worlds made at a time")
-    args = parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    args, more = parser.parse_known_args()  # the others are make_world's
 
     def make(seed: int) -> None:
         folder = args.output / str(seed)
         if not (folder / "check.jsonl").exists():  # what is written last
             folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "bnf_train.demo.make_world", f"--seed={seed}", f"--output={folder}"]
-            subprocess.run(command, check=True)
+            command = [sys.executable, "-m", "bnf_train.demo.make_world", f"--seed={seed}"]
+            subprocess.run([*command, f"--output={folder}", f"--device={args.device}", *more], check=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(make, args.seeds))
     for k, seed in enumerate(args.seeds):
-        derive(args.output, seed, other=args.seeds[k - 1])
+        derive(args.output, seed, other=args.seeds[k - 1], device=args.device)
 
 
 if __name__ == "__main__":
