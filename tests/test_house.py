@@ -56,6 +56,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/plan": ["cli", "config", "data", "errors", "flags", "model", "objectives"],
     "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],
+    "proofs/experiments": ["checks", "demo"],
 }
 COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, never imported
 JOINS = ("__init__", "benchmark", "benchmark_peers", "roofline", "fused", "constraints")  # of bnf_core: they join its rooms
@@ -75,7 +76,7 @@ LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside funct
 PRIVATE: dict[str, list[str]] = {
     "_make": ["bnf_core/batch.py"],  # of named tuples
     "_asdict": ["bnf_core/batch.py"],
-    "_exit": ["bnf_train/compare/arm.py", "bnf_train/training/resume.py"],  # of os
+    "_exit": ["bnf_train/compare/process.py", "bnf_train/training/resume.py"],  # of os
     "_current_level": ["bnf_core/head/__init__.py"],  # torch: inside forward mode, inside a tracer
     "_dynamo": ["bnf_core/head/__init__.py"],
     "_is_amx_tile_supported": ["bnf_core/head/products.py"],
