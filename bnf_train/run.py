@@ -47,13 +47,18 @@ from bnf_train.training.tryout import try_out
 
 
 def run(
-    config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = (), ask_before: bool = True
+    config: BNFConfig,
+    embedded: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    ask_before: bool = True,
+    keep: bool = True,
 ) -> BNFTrainer:
     """From rows to report; its trainer, with the trained model.
 
     Args:
       embedded: no flag was given: say that the model is the embedded one.
       ask_before: --check counts right answers before training, too, not only after it.
+      keep: write model and report. False is for whoever measures the trained model and needs no more of it.
     """
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
     if config.model == str(demo.MODEL):
@@ -100,7 +105,8 @@ def run(
         callback.trainer = trainer
         trainer.beside = kept(callback.measured)
     _train(trainer, config, resumed, console)
-    _report(trainer, config, rows, collator, measured, console)
+    if keep:
+        _report(trainer, config, rows, collator, measured, console)
     return trainer
 
 

@@ -9,7 +9,7 @@ p(a) = exp(mean over the tokens of log pi(a | question)): of an answer with its 
 
 R is as in the authors' code, with the geometric mean over wrong answers; the paper writes their arithmetic mean. Real authors
 and world facts have no paraphrase: the answer itself stands for it, and their probability is p(answer) over the sum of it and
-those of the wrong answers. As a score the truth ratio is the mean of max(0, 1 - R), on the rows to forget that of min(R, 1 / R).
+those of the wrong answers. As a score the truth ratio is the mean of max(0, 1 - R), on the rows to forget of min(R, 1 / R).
 """
 
 import math
@@ -19,7 +19,7 @@ from typing import Any
 
 from bnf_train.errors import UsageError
 
-# of one question: log p of "answer", of "paraphrase" (where there is one) and of each of "perturbed"; "rouge" of the greedy answer
+# of one question: log p of "answer", of "paraphrase" (where there is one), of each of "perturbed"; "rouge" of what is said
 Scores = Mapping[str, Any]
 AMONG_OPTIONS = ("real_authors", "world_facts")  # the probability of their answers is that among the answers given
 INSTALL = 'pip install -c constraints.txt -e ".[train,experiments]"'
