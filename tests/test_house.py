@@ -56,6 +56,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/plan": ["cli", "config", "data", "errors", "flags", "model", "objectives"],
     "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],
+    "proofs/experiments/tofu": ["cli", "config", "data", "errors", "flags", "model", "run"],
 }
 COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, never imported
 JOINS = ("__init__", "benchmark", "benchmark_peers", "roofline", "fused", "constraints")  # of bnf_core: they join its rooms
@@ -67,6 +68,8 @@ OPTIONAL = (
     "deepspeed",
     "bitsandbytes",
     "math_verify",
+    "rouge_score",
+    "scipy",
     "trl",
 )  # imported only where they are used
 LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside functions, for their start-up time

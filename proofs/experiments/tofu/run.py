@@ -3,7 +3,7 @@
     python proofs/experiments/tofu/run.py --model path/to/SmolLM2-135M-Instruct --output_dir runs/tofu
     python proofs/experiments/tofu/run.py --model path/to/SmolLM2-135M-Instruct --output_dir runs/tofu --quick
     python proofs/experiments/tofu/run.py --model meta-llama/Llama-2-7b-chat-hf --data locuslab/TOFU --learn_epochs 5 \\
-        --learn_rate 1e-5 --learn_rows 32 --rows_per_step 64 --learning_rates 5e-6 1e-5 --tokens_per_pass 4096
+        --learn_rate 1e-5 --learn_rows 32 --rows_per_step 64 --learning_rates 5e-6 1e-5 --workers 1 --tokens_per_pass 4096
 
 Rows to forget are dispreferred, rows to retain preferred. Flags that are not listed here are those of python -m bnf_train, for
 every training. The same command goes on after an interruption, and takes up new methods, learning rates and seeds.
@@ -34,9 +34,9 @@ METHODS = [
 # what a flag is that is not given: on a GPU minutes in all, on two CPU cores about two hours, with --quick ten minutes
 GPU: dict[str, Any] = {
     "authors": 20, "learn_epochs": 8.0, "epochs": 5.0, "learning_rates": [1e-5, 3e-5, 1e-4], "seeds": [0, 1], "eval_rows": 100,
-    "methods": METHODS,
+    "methods": METHODS, "workers": 3,
 }  # fmt: skip
-CPU: dict[str, Any] = GPU | {"learn_epochs": 5.0, "epochs": 2.0, "learning_rates": [3e-5, 1e-4], "eval_rows": 20}
+CPU: dict[str, Any] = GPU | {"learn_epochs": 5.0, "epochs": 2.0, "learning_rates": [3e-5, 1e-4], "eval_rows": 20, "workers": 1}
 QUICK: dict[str, Any] = CPU | {
     "authors": 4, "learning_rates": [1e-4], "seeds": [0], "eval_rows": 10,
     "methods": ["gradient_ascent", "npo", "bnf", "bnf_one_sided"],
@@ -62,12 +62,11 @@ def _main(arguments: list[str], failure: cli.Failure) -> None:
     )  # fmt: skip
     experiment = Experiment(Path(options["output_dir"]), tofu, settings, console)
     arms = [Arm(m, rate, seed) for seed in options["seeds"] for m in options["methods"] for rate in options["learning_rates"]]
-    experiment.check(arms)
+    experiment.begin(arms)
     console.print(_plan(experiment, options, len(arms)))
     started = time.perf_counter()
     experiment.learn(arms)
-    for arm in arms:
-        experiment.unlearn(arm)
+    experiment.unlearn_all(arms, options["workers"])
     table = report(experiment, arms)
     console.print(Markdown(table) if sys.stdout.isatty() else table)
     minutes = (time.perf_counter() - started) / 60
@@ -109,6 +108,7 @@ def read_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     add("--learn_epochs", type=float, metavar="N", help="Passes in which the rows are memorised.")
     add("--learn_rate", type=float, metavar="LR", help="Learning rate of that. Default: 3e-4.")
     add("--learn_rows", type=int, metavar="N", help="Rows of an optimizer step of that. Default: 16.")
+    add("--workers", type=int, metavar="N", help="Processes that unlearn at once on a GPU. Default: 3; on a CPU 1.")
     add("--eval_rows", type=int, metavar="N", help="Rows asked of retain, real authors and world facts each. 0: all.")
     add("--max_length", type=int, metavar="N", help="Longest question with answer, in tokens. Default: 512.")
     add("--max_new_tokens", type=int, metavar="N", help="Where a greedy answer is cut. Default: 80.")
@@ -133,7 +133,7 @@ def _check(options: dict[str, Any], given: dict[str, Any], flags: Sequence[str])
         raise UsageError("--authors: has no effect with --data; leave it out.")
     if options["rows_per_step"] < 2 or options["rows_per_step"] % 2:
         raise UsageError(f"--rows_per_step: expected an even number of at least 2, got {options['rows_per_step']}.")
-    for name in ("learn_rows", "epochs", "learn_epochs", "learn_rate", "max_length", "max_new_tokens"):
+    for name in ("workers", "learn_rows", "epochs", "learn_epochs", "learn_rate", "max_length", "max_new_tokens"):
         if not options[name] > 0:
             raise UsageError(f"--{name}: expected more than 0, got {options[name]}.")
     if options["eval_rows"] < 0:

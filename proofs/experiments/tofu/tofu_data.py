@@ -120,9 +120,11 @@ def steps(tofu: Tofu, epochs: float, each: int) -> int:
 
 
 def write(path: Path, rows: Sequence[Row]) -> Path:
-    """JSON Lines."""
+    """JSON Lines; a file that says the same is left alone, because others may be reading it."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -103,10 +103,10 @@ class Evaluation:
         return [str(self.tokenizer.decode(answers[0].tokens, skip_special_tokens=True)) for answers in found]
 
     def _collate(self, model: Any) -> data.Collator:
-        """A question is computed once for all its answers, where the architecture can; tried on the first model."""
+        """On a CPU a question is computed once for all its answers, where the architecture can; tried on the first model."""
         if self._collator is None:
             pad = int(self.tokenizer.pad_token_id or 0)
-            packed = can_pack(model, self.asked, 1, True, self.device)
+            packed = self.device.type == "cpu" and can_pack(model, self.asked, 1, True, self.device)
             shared = packed and can_share_prompts(model, self.asked, self.device)
             pad = pad if pad < len(model.get_input_embeddings().weight) else 0  # which token pads plays no part
             self._collator = data.Collator(pad, packed, attention_width(model), shared)

@@ -6,10 +6,13 @@ OUTPUT/stages/NAME.json            of a finished stage; written to another name 
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,10 @@ from bnf_train.model.load import load_tokenizer
 from bnf_train.run import run
 
 MEMORISED, NEVER_SAW = "memorised", "never_saw"
-# those that differ from the objective of their name: the objective, and whether they see rows to forget alone
+# What is memorised has log-odds so large that bf16 rounds w away from 1 before the first step; flags behind these go before.
+EVERYWHERE = ("--bf16", "false")
+ON_GPU = ("--no_packing",)  # of short rows: one padded product is faster than a call of the attention for each
+# methods that are no objective's name: the objective, and whether they see rows to forget alone
 SPECIAL = {"gradient_ascent": ("log_likelihood", True), "gradient_difference": ("log_likelihood", False)}
 
 
@@ -84,14 +90,23 @@ class Experiment:
     """All stages of one output folder.
 
     Raises:
-      UsageError: the folder holds something else, or was begun with other settings.
+      UsageError: a flag of bnf_train is wrong.
     """
 
     def __init__(self, output: Path, tofu: Tofu, settings: Settings, console: Console) -> None:
         self.output, self.tofu, self.settings, self.console = output, tofu, settings, console
-        _take_up(output, settings)
-        self.config = self._parse(Arm("log_likelihood", 1e-5, 0), output / "unused")  # device and precision, as runs find them
+        self.config = self._parse(Arm("log_likelihood", 1e-5, 0))  # device and precision, as runs find them
         self._evaluation: Evaluation | None = None
+
+    def begin(self, arms: Sequence[Arm]) -> None:
+        """Takes up the folder, after the flags of all arms: what is wrong with the last is said before anything is written.
+
+        Raises:
+          UsageError: a flag is wrong, or the folder holds something else, or was begun with other settings.
+        """
+        for arm in arms:
+            self._parse(arm)
+        _take_up(self.output, self.settings)
 
     def learn(self, arms: Sequence[Arm] = ()) -> None:
         """The model that knows everything, from which the arms start, and the one that never saw the rows to forget."""
@@ -113,10 +128,17 @@ class Experiment:
         """One arm, and its scores. An arm that fails says so in its file, and is tried again by the next command."""
         self._stage(arm.name, lambda: self._unlearn(arm))
 
-    def check(self, arms: Sequence[Arm]) -> None:
-        """Reads the flags of all arms, so that what is wrong with the last is said before the first is trained."""
-        for arm in arms:
-            self._parse(arm, self.output / "unused")
+    def unlearn_all(self, arms: Sequence[Arm], workers: int) -> None:
+        """The arms, in so many processes of which each does its share of those that are left."""
+        left = [arm for arm in arms if not self._is_finished(arm.name)]
+        if workers == 1 or len(left) < 2:
+            for arm in left:
+                self.unlearn(arm)
+            return
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            shares = [left[place::workers] for place in range(workers)]
+            for share in [pool.submit(_unlearn_share, self.output, self.tofu, self.settings, share) for share in shares]:
+                share.result()
 
     def found(self, name: str) -> dict[str, Any] | None:
         """What a finished stage left."""
@@ -148,10 +170,11 @@ class Experiment:
             return
         self.console.print(f"{name} …")
         started = time.perf_counter()
-        result = work()
-        result["seconds"] = round(time.perf_counter() - started, 2)
         path = self.output / "stages" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
+        with path.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log):  # what a run says of itself
+            result = work()
+        result["seconds"] = round(time.perf_counter() - started, 2)
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
@@ -173,12 +196,14 @@ class Experiment:
         return result
 
     def _unlearn(self, arm: Arm) -> dict[str, Any]:
-        folder = self.output / "arm"
+        folder = self.output / "arms" / arm.name
         shutil.rmtree(folder, ignore_errors=True)
         about = {"method": arm.method, "learning_rate": arm.learning_rate, "seed": arm.seed}
+        settings = self.settings
+        write(self._rows_of(arm), to_unlearn(self.tofu, arm.seed, settings.epochs, settings.each, arm.forget_only))
         try:
-            trainer = run(self._parse(arm, folder), keep=False)
-            wanted = steps(self.tofu, self.settings.epochs, self.settings.each)
+            trainer = run(self._parse(arm), keep=False)
+            wanted = steps(self.tofu, settings.epochs, settings.each)
             assert trainer.state.global_step == wanted, f"{trainer.state.global_step} steps, expected {wanted}"
             scores = self.evaluation(trainer.model)
         except UsageError as error:
@@ -193,17 +218,17 @@ class Experiment:
             shutil.rmtree(folder, ignore_errors=True)
         return about | {"steps": wanted, "scores": scores}
 
-    def _parse(self, arm: Arm, folder: Path) -> BNFConfig:
-        settings, model = self.settings, self.output / MEMORISED
-        kind = "forget" if arm.forget_only else "both"
-        rows = to_unlearn(self.tofu, arm.seed, settings.epochs, settings.each, arm.forget_only)
-        dataset = write(self.output / "rows" / f"{kind}-seed{arm.seed}.jsonl", rows)
+    def _parse(self, arm: Arm) -> BNFConfig:
+        settings, model, folder = self.settings, self.output / MEMORISED, self.output / "arms" / arm.name
         each = settings.each * (1 if arm.forget_only else 2)
         return parse([
-            *self._flags(str(model), dataset, folder, each, arm.learning_rate, arm.seed),
+            *self._flags(str(model), self._rows_of(arm), folder, each, arm.learning_rate, arm.seed),
             "--objective", arm.objective, "--num_train_epochs", "1", "--train_sampling_strategy", "sequential",
             *settings.flags,
         ])  # fmt: skip
+
+    def _rows_of(self, arm: Arm) -> Path:
+        return self.output / "rows" / f"{'forget' if arm.forget_only else 'both'}-seed{arm.seed}.jsonl"
 
     def _flags(self, model: str, dataset: Path, folder: Path, rows: int, learning_rate: float, seed: int) -> list[str]:
         return [
@@ -211,8 +236,17 @@ class Experiment:
             "--batch_size", str(rows), "--per_device_train_batch_size", str(rows), "--seed", str(seed), "--eval_size", "0",
             "--max_length", str(self.settings.max_length), "--no_share_prompts", "--reference_cache",
             str(self.output / "reference"), "--save_strategy", "no", "--report_to", "none", "--show_examples", "0",
-            "--log_level", "error", "--logging_strategy", "no",
+            "--logging_strategy", "no", *EVERYWHERE, *(ON_GPU if torch.cuda.is_available() else ()),
         ]  # fmt: skip
+
+
+def _unlearn_share(output: Path, tofu: Tofu, settings: Settings, arms: Sequence[Arm]) -> None:
+    """In a process of its own, which ends with the arm at work where the one that started it was killed."""
+    parent = os.getppid()
+    experiment = Experiment(output, tofu, settings, Console(soft_wrap=True, highlight=False))
+    for arm in arms:
+        if os.getppid() == parent:
+            experiment.unlearn(arm)
 
 
 def _take_up(output: Path, settings: Settings) -> None:
