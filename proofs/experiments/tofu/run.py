@@ -60,7 +60,7 @@ def _main(arguments: list[str], failure: cli.Failure) -> None:
         options["learn_epochs"], options["learn_rate"], options["learn_rows"], options["epochs"], options["rows_per_step"] // 2,
         options["eval_rows"] or None, options["max_length"], options["max_new_tokens"], flags,
     )  # fmt: skip
-    experiment = Experiment(Path(options["output_dir"]), tofu, settings, console)
+    experiment = Experiment(Path(options["output_dir"]), tofu, settings, console, bars=sys.stderr.isatty())
     arms = [Arm(m, rate, seed) for seed in options["seeds"] for m in options["methods"] for rate in options["learning_rates"]]
     experiment.begin(arms)
     console.print(_plan(experiment, options, len(arms)))

@@ -1,7 +1,6 @@
 """What the experiment leaves: results.json, results.md and unlearning.png."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -102,6 +101,8 @@ def draw(path: Path, models: Mapping[str, Mapping[str, float]], rows: Sequence[M
     left.axhline(0.05, color="0.8", linewidth=1, zorder=0)
     _points(right, "forget_probability", models, rows)
     right.set(xlabel="model utility", ylabel="probability of the forgotten answers", ylim=(-0.03, 1.03))
+    rates = ", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in rows}))
+    figure.suptitle(f"larger points: larger learning rates ({rates})", fontsize=9)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
@@ -109,14 +110,15 @@ def draw(path: Path, models: Mapping[str, Mapping[str, float]], rows: Sequence[M
 
 def _points(axes: Axes, metric: str, models: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> None:
     rates = sorted({row["learning_rate"] for row in rows})
-    for name, of in models.items():
+    for name, values in models.items():
         marker = "*" if name == NEVER_SAW else "X"
-        axes.scatter(of["model_utility"], max(of[metric], LEAST), s=160, c="black", marker=marker, label=name.replace("_", " "))
-    for color, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        of = sorted((row for row in rows if row["method"] == method), key=lambda row: row["learning_rate"])
-        x, y = ([max(row["metrics"][key], floor) for row in of] for key, floor in (("model_utility", 0.0), (metric, LEAST)))
-        sizes = [30 + 60 * rates.index(row["learning_rate"]) / math.sqrt(len(rates)) for row in of]
-        axes.plot(x, y, color=colormaps["tab10"](color), linewidth=0.8, alpha=0.6)
-        axes.scatter(x, y, s=sizes, color=colormaps["tab10"](color), label=f"{method.replace('_', ' ')}")
-    if rates and axes.get_yscale() == "linear":
-        axes.set_title(f"larger points: larger learning rates ({', '.join(f'{rate:g}' for rate in rates)})", fontsize=8)
+        at = values["model_utility"], max(values[metric], LEAST)
+        axes.scatter(*at, s=160, c="black", marker=marker, label=name.replace("_", " "))
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["learning_rate"]))
+        x = [float(row["metrics"]["model_utility"]) for row in own]
+        y = [max(float(row["metrics"][metric]), LEAST) for row in own]
+        color = colormaps["tab10"](number % 10)
+        sizes = [30 + 60 * rates.index(row["learning_rate"]) for row in own]
+        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.6)
+        axes.scatter(x, y, s=sizes, color=color, label=method.replace("_", " "))

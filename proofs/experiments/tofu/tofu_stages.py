@@ -89,12 +89,15 @@ class Settings:
 class Experiment:
     """All stages of one output folder.
 
+    Args:
+      bars: progress bars of training.
+
     Raises:
       UsageError: a flag of bnf_train is wrong.
     """
 
-    def __init__(self, output: Path, tofu: Tofu, settings: Settings, console: Console) -> None:
-        self.output, self.tofu, self.settings, self.console = output, tofu, settings, console
+    def __init__(self, output: Path, tofu: Tofu, settings: Settings, console: Console, bars: bool = False) -> None:
+        self.output, self.tofu, self.settings, self.console, self.bars = output, tofu, settings, console, bars
         self.config = self._parse(Arm("log_likelihood", 1e-5, 0))  # device and precision, as runs find them
         self._evaluation: Evaluation | None = None
 
@@ -201,6 +204,7 @@ class Experiment:
         about = {"method": arm.method, "learning_rate": arm.learning_rate, "seed": arm.seed}
         settings = self.settings
         write(self._rows_of(arm), to_unlearn(self.tofu, arm.seed, settings.epochs, settings.each, arm.forget_only))
+        trainer: Any = None
         try:
             trainer = run(self._parse(arm), keep=False)
             wanted = steps(self.tofu, settings.epochs, settings.each)
@@ -236,7 +240,7 @@ class Experiment:
             "--batch_size", str(rows), "--per_device_train_batch_size", str(rows), "--seed", str(seed), "--eval_size", "0",
             "--max_length", str(self.settings.max_length), "--no_share_prompts", "--reference_cache",
             str(self.output / "reference"), "--save_strategy", "no", "--report_to", "none", "--show_examples", "0",
-            "--logging_strategy", "no", *EVERYWHERE, *(ON_GPU if torch.cuda.is_available() else ()),
+            "--logging_strategy", "no", "--disable_tqdm", str(not self.bars), *EVERYWHERE, *(ON_GPU if torch.cuda.is_available() else ()),
         ]  # fmt: skip
 
 
