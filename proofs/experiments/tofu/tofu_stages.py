@@ -240,7 +240,8 @@ class Experiment:
             "--batch_size", str(rows), "--per_device_train_batch_size", str(rows), "--seed", str(seed), "--eval_size", "0",
             "--max_length", str(self.settings.max_length), "--no_share_prompts", "--reference_cache",
             str(self.output / "reference"), "--save_strategy", "no", "--report_to", "none", "--show_examples", "0",
-            "--logging_strategy", "no", "--disable_tqdm", str(not self.bars), *EVERYWHERE, *(ON_GPU if torch.cuda.is_available() else ()),
+            "--logging_strategy", "no", "--disable_tqdm", str(not self.bars), *EVERYWHERE,
+            *(ON_GPU if torch.cuda.is_available() else ()),
         ]  # fmt: skip
 
 
