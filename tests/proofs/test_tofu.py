@@ -271,6 +271,8 @@ def test_arms_in_several_processes_are_the_same(model: Path, tmp_path: Path, mon
         (["--use_peft"], "--use_peft: what is memorised would be an adapter"),
         (["--forget", "forget05"], "--forget: has no effect without --data"),
         (["--methods", "bfn"], "the nearest is bnf"),
+        (["--methods", "bnf", "dpo"], "--methods dpo: compares the two sides of a pair"),
+        (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
         (["--eval_row", "3"], "--eval_row: no such flag"),
     ],
 )

@@ -22,7 +22,7 @@ from rich.console import Console
 from tofu_data import Row, Tofu, evenly, steps, to_learn, to_unlearn, write
 from tofu_evaluate import Evaluation, free
 
-from bnf_train import cli
+from bnf_train import cli, objectives
 from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError, is_out_of_memory, one_line
 from bnf_train.flags import parse
@@ -102,13 +102,18 @@ class Experiment:
         self._evaluation: Evaluation | None = None
 
     def begin(self, arms: Sequence[Arm]) -> None:
-        """Takes up the folder, after the flags of all arms: what is wrong with the last is said before anything is written.
+        """Takes up the folder, after flags, tokenizer and rows: what is wrong with the last arm is said first.
 
         Raises:
-          UsageError: a flag is wrong, or the folder holds something else, or was begun with other settings.
+          UsageError: any of these is wrong, or the folder holds something else, or was begun with other settings.
         """
         for arm in arms:
-            self._parse(arm)
+            config = self._parse(arm)
+            if objectives.resolve(config.objective, config.hyperparameters).pairwise:
+                raise UsageError(
+                    f"--methods {arm.method}: compares the two sides of a pair, and these rows are single responses."
+                )
+        assert self.evaluation.asked
         _take_up(self.output, self.settings)
 
     def learn(self, arms: Sequence[Arm] = ()) -> None:
