@@ -33,7 +33,7 @@ METHODS = [
 ]
 # what a flag is that is not given: on a GPU minutes in all, on two CPU cores about two hours, with --quick ten minutes
 GPU: dict[str, Any] = {
-    "authors": 20, "learn_epochs": 8.0, "epochs": 5.0, "learning_rates": [1e-5, 3e-5, 1e-4], "seeds": [0, 1], "eval_rows": 100,
+    "authors": 20, "learn_epochs": 6.0, "epochs": 5.0, "learning_rates": [1e-5, 3e-5, 1e-4], "seeds": [0, 1], "eval_rows": 100,
     "methods": METHODS, "workers": 3,
 }  # fmt: skip
 CPU: dict[str, Any] = GPU | {"learn_epochs": 5.0, "epochs": 2.0, "learning_rates": [3e-5, 1e-4], "eval_rows": 20, "workers": 1}

@@ -16,10 +16,10 @@ COLUMNS = {  # of the table: metric and form
     "forget quality": ("forget_quality", ".2g"),
     "model utility": ("model_utility", ".3f"),
     "forget: probability": ("forget_probability", ".3f"),
-    "ROUGE-L": ("forget_rouge", ".3f"),
-    "truth ratio": ("forget_truth_ratio", ".3f"),
+    "forget: ROUGE-L": ("forget_rouge", ".3f"),
+    "forget: truth ratio": ("forget_truth_ratio", ".3f"),
     "retain: probability": ("retain_probability", ".3f"),
-    "ROUGE-L ": ("retain_rouge", ".3f"),
+    "retain: ROUGE-L": ("retain_rouge", ".3f"),
     "real authors: ROUGE-L": ("real_authors_rouge", ".3f"),
     "world facts: ROUGE-L": ("world_facts_rouge", ".3f"),
 }
@@ -85,7 +85,7 @@ def markdown(models: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[s
         [row["method"].replace("_", " "), f"{row['learning_rate']:g}", str(row["seeds"]), *_cells(row["metrics"])]
         for row in rows
     ]
-    return "".join(f"| {' | '.join(cell.strip() for cell in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cells(of: Mapping[str, float]) -> list[str]:
