@@ -30,8 +30,6 @@ from bnf_train.model.load import load_tokenizer
 from bnf_train.run import run
 
 MEMORISED, NEVER_SAW = "memorised", "never_saw"
-# What is memorised has log-odds so large that bf16 rounds w away from 1 before the first step; flags behind these go before.
-EVERYWHERE = ("--bf16", "false")
 ON_GPU = ("--no_packing",)  # of short rows: one padded product is faster than a call of the attention for each
 # methods that are no objective's name: the objective, and whether they see rows to forget alone
 SPECIAL = {"gradient_ascent": ("log_likelihood", True), "gradient_difference": ("log_likelihood", False)}
@@ -245,7 +243,7 @@ class Experiment:
             "--batch_size", str(rows), "--per_device_train_batch_size", str(rows), "--seed", str(seed), "--eval_size", "0",
             "--max_length", str(self.settings.max_length), "--no_share_prompts", "--reference_cache",
             str(self.output / "reference"), "--save_strategy", "no", "--report_to", "none", "--show_examples", "0",
-            "--logging_strategy", "no", "--disable_tqdm", str(not self.bars), *EVERYWHERE,
+            "--logging_strategy", "no", "--disable_tqdm", str(not self.bars),
             *(ON_GPU if torch.cuda.is_available() else ()),
         ]  # fmt: skip
 
