@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -51,14 +52,15 @@ def run(
     embedded: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     ask_before: bool = True,
-    pages: bool = True,
+    leave: Literal["all", "metrics", "nothing"] = "all",
 ) -> BNFTrainer:
     """From rows to report; its trainer, with the trained model.
 
     Args:
       embedded: no flag was given: say that the model is the embedded one.
       ask_before: --check counts right answers before training, too, not only after it.
-      pages: False leaves metrics.json without a report, figures and a model card.
+      leave: "metrics" is the model and metrics.json, without a report, figures and a card; "nothing" is for whoever measures
+        the trained model and needs no more of it.
     """
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
     if config.model == str(demo.MODEL):
@@ -105,7 +107,8 @@ def run(
         callback.trainer = trainer
         trainer.beside = kept(callback.measured)
     _train(trainer, config, resumed, console)
-    _report(trainer, config, rows, collator, measured, console, pages)
+    if leave != "nothing":
+        _report(trainer, config, rows, collator, measured, console, pages=leave == "all")
     return trainer
 
 

@@ -57,6 +57,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],
     "proofs/experiments": ["checks", "demo"],
+    "proofs/experiments/tofu": ["cli", "config", "data", "errors", "flags", "model", "objectives", "run"],
 }
 COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, never imported
 JOINS = ("__init__", "benchmark", "benchmark_peers", "roofline", "fused", "constraints")  # of bnf_core: they join its rooms
@@ -68,6 +69,8 @@ OPTIONAL = (
     "deepspeed",
     "bitsandbytes",
     "math_verify",
+    "rouge_score",
+    "scipy",
     "trl",
 )  # imported only where they are used
 LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside functions, for their start-up time

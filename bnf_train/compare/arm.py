@@ -52,7 +52,7 @@ def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dic
     config.eval_on_start = before
     texts = paragraphs(measures.probe)
     beside = _Beside(texts, measures if before else None)
-    trainer = run(config, callbacks=[beside], ask_before=before, pages=measures.pages)
+    trainer = run(config, callbacks=[beside], ask_before=before, leave="all" if measures.pages else "metrics")
     if not trainer.eval_dataset:
         raise UsageError("--eval_size 0: nothing is held out, so there is nothing to compare; leave it out.")
     history = trainer.state.log_history
