@@ -145,8 +145,8 @@ def begin(settings: Settings, questions: Path) -> Begun:
       UsageError: the folder was begun with other flags or rows, or holds something else.
     """
     config, path = settings.config(), settings.output / BEGUN
-    if not path.exists():
-        cli.check_new_folder(settings.output, ", or that of rounds to go on with") if not _only_locks(settings.output) else None
+    if not path.exists() and any(not p.name.startswith(".") and p != questions for p in settings.output.iterdir()):
+        cli.check_new_folder(settings.output, ", or that of rounds to go on with")
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     options = Options(**config.template_options())
     found, _ = prompts(read_rows(settings.source), tokenizer, settings.source, options=options)
@@ -198,10 +198,6 @@ def of_round(found: Sequence[Prompt], number: int, size: int) -> list[Prompt]:
     """
     first = (number - 1) * size
     return [found[i % len(found)] for i in range(first, first + size)] if size else list(found)
-
-
-def _only_locks(folder: Path) -> bool:
-    return folder.is_dir() and all(path.name.startswith(".") or path.suffix == ".jsonl" for path in folder.iterdir())
 
 
 def _flags(settings: Settings, config: BNFConfig) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def ask_model(settings: Settings, model: str, folder: Folder, questions: Path, t
 
 
 def entropies(model: Any, tokenizer: Any, questions: Questions, found: Sequence[Asked], config: BNFConfig) -> dict[str, float]:
-    """By group: the model's entropy at each token of its own sampled answers (greedy ones where there are no others), in nats."""
+    """By group: the model's entropy at each token of its sampled answers (greedy ones where there are no others), in nats."""
     end = min(end_tokens(model, tokenizer), default=0)  # which one plays no part in the entropy where it stands
     responses, groups = [], []
     for prompt, group, one in zip(questions.prompts, questions.groups, found, strict=True):
