@@ -134,18 +134,19 @@ def rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """The main columns, for a terminal."""
+    """The main columns, for a terminal of 80 columns; + stands for preferred, - for dispreferred responses."""
     title = "Right answers to held-out prompts (95 % interval), and what each round trained on"
     result = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     way = f"right, {SAMPLED}" if f"right, {SAMPLED}" in rows(results)[0] else f"right, {GREEDY}"
     of_round = list(_of_round(results[0]))
-    for heading in ("", "group", way, "tokens", "entropy", *of_round):
-        result.add_column(heading.replace(", ", ",\n").replace(" / ", " /\n"), justify="right" if heading else "left")
+    brief = (way.replace(", ", ",\n"), "tokens", "entropy", "w,\n+\n-", "prompts\nall right\nall wrong", "rows,\n+\n-")
+    for heading in ("", "group", *brief):
+        result.add_column(heading, justify="right" if heading in brief else "left")
     for one in results:
         for place, group in enumerate(one["right"]):
             cells = _of_group(one, group)
             shown = [cells[way].replace(" (", "\n("), cells["tokens"], cells["entropy"]]
-            shared = [cell.replace(" / ", " /\n") for cell in _of_round(one).values()] if place == 0 else [""] * len(of_round)
+            shared = [cell.replace(" / ", "\n") for cell in _of_round(one).values()] if place == 0 else [""] * len(of_round)
             result.add_row(_name(one) if place == 0 else "", escape(group), *shown, *shared)
     return result
 

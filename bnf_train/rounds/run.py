@@ -6,7 +6,7 @@ from bnf_train.errors import UsageError
 from bnf_train.rounds import report
 from bnf_train.rounds.files import Folder, write_rows
 from bnf_train.rounds.process import alone, run_stage
-from bnf_train.rounds.settings import Begun, Settings, begin, of_round
+from bnf_train.rounds.settings import QUESTIONS, Begun, Settings, begin, check_folder, of_round
 from bnf_train.rounds.stages import ask_model, sample_round, settle, tidy, train_round
 
 
@@ -18,8 +18,9 @@ def rounds(settings: Settings) -> None:
     """
     console = Console(soft_wrap=True, highlight=False)
     output = settings.output
+    check_folder(output)
     with alone(output):
-        questions = output / "questions.jsonl"
+        questions = output / QUESTIONS
         begun = begin(settings, questions)
         if Folder(output, settings.rounds + 1).path.exists():
             raise UsageError(f"--rounds {settings.rounds}: {output} has more; pass at least as many as it was begun with.")
@@ -62,7 +63,7 @@ def _round(settings: Settings, folder: Folder, begun: Begun, console: Console) -
     tidy(folder)
     if not folder.right.exists():
         console.rule(f"{name}: right answers")
-        questions = output / "questions.jsonl"
+        questions = output / QUESTIONS
         run_stage(
             f"round {number}, right answers", output, ask_model, settings, str(folder.model), folder, questions,
             begun.template_date,

@@ -19,7 +19,7 @@ from bnf_train.rounds.files import write_json, write_rows
 from bnf_train.rounds.flags import FORMS, KEEP, OWN, REFUSED
 from bnf_train.sample.flags import check_drawing
 
-BEGUN = "begun.json"
+BEGUN, QUESTIONS = "begun.json", "questions.jsonl"
 DRAWING = ("form", "samples", "temperature", "top_p", "max_new_tokens")
 # of every round's training, unless the command or the --config file says otherwise
 TRAINING = {"save_strategy": "steps", "save_steps": 0.2, "save_total_limit": 1, "show_examples": 0}
@@ -138,15 +138,20 @@ class Begun:
     template_date: str
 
 
+def check_folder(output: Path) -> None:
+    """Raises UsageError where the folder holds something else than rounds."""
+    ours = (BEGUN, QUESTIONS)
+    if not output.is_dir() or not any(path.name in ours or path.name.startswith(".") for path in output.iterdir()):
+        cli.check_new_folder(output, ", or that of rounds to go on with")
+
+
 def begin(settings: Settings, questions: Path) -> Begun:
     """Reads the prompts, keeps those to be asked in the file `questions`, and writes down what was asked for.
 
     Raises:
-      UsageError: the folder was begun with other flags or rows, or holds something else.
+      UsageError: the folder was begun with other flags or rows.
     """
     config, path = settings.config(), settings.output / BEGUN
-    if not path.exists() and any(not p.name.startswith(".") and p != questions for p in settings.output.iterdir()):
-        cli.check_new_folder(settings.output, ", or that of rounds to go on with")
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     options = Options(**config.template_options())
     found, _ = prompts(read_rows(settings.source), tokenizer, settings.source, options=options)

@@ -36,7 +36,7 @@ CHECK = "def right(prompt, answer, row):\n    return {}\n"
 def flags(model_folder: Path, write_rows: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
     """Of two short rounds, with a check that finds some answers right."""
 
-    def given(output: str, *more: str, right: str = "len(answer) % 3 > 0") -> list[str]:
+    def given(output: str, *more: str, right: str = "sum(map(ord, answer)) % 3 > 0") -> list[str]:
         check = tmp_path / "check.py"
         check.write_text(CHECK.format(right))
         asked = write_rows([row | {"prompt": f"{row['prompt']}?"} for row in PROMPTS[:4]], "asked.jsonl")
@@ -100,7 +100,7 @@ def test_the_numbers_of_the_report_are_those_of_the_files(
         one, folder = found[number], Folder(output, number)
         labels: dict[str, list[bool]] = {}
         for row in map(json.loads, folder.rows.read_text().splitlines()):
-            assert row["label"] == (len(row["completion"]) % 3 > 0)
+            assert row["label"] == (sum(map(ord, row["completion"])) % 3 > 0)
             labels.setdefault(row["prompt"], []).append(row["label"])
         flat = [label for of in labels.values() for label in of]
         assert one["rows"] == {"preferred": sum(flat), "dispreferred": len(flat) - sum(flat)}
@@ -326,6 +326,9 @@ def test_without_a_check_or_in_a_folder_in_use_nothing_begins(
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     assert main(flags("out")) == 2
+    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+    assert main(flags("out/thesis.tex")) == 2
     assert "expected a new or empty folder" in capsys.readouterr().err
     with process.alone(tmp_path / "other"):
         assert main(flags("other")) == 2
