@@ -24,6 +24,8 @@ def rounds(settings: Settings) -> None:
         begun = begin(settings, questions)
         if Folder(output, settings.rounds + 1).path.exists():
             raise UsageError(f"--rounds {settings.rounds}: {output} has more; pass at least as many as it was begun with.")
+        if begun.again:
+            console.print(f"{begun.again:,} prompts of --dataset are in --check_dataset, too: they are trained on and asked.")
         start = Folder(output, 0)
         if not start.right.exists():
             console.rule("right answers before the first round")

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def read(parser: cli.Parser, arguments: Sequence[str]) -> Settings:
     Raises:
       UsageError: a flag that does not exist, has no place here, or has a value that it cannot have.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("python -m bnf_train.rounds: drives one device; start it without a launcher.")
     first, others = parser.read_known(arguments)
     in_file = {} if first.config is None else read_yaml(first.config)
     in_file = {str(key).replace("-", "_"): value for key, value in in_file.items()}
@@ -113,8 +116,6 @@ def _check(own: argparse.Namespace) -> None:
 
 
 def _check_training(config: BNFConfig, settings: Settings) -> None:
-    if config.world_size > 1:
-        raise UsageError("python -m bnf_train.rounds: drives one device; start it without a launcher.")
     if config.check is None:
         raise UsageError("--check is missing: it says which answers are right (number, exact, contains, or your own function).")
     if len(config.datasets) > 1:
@@ -132,10 +133,17 @@ def _check_training(config: BNFConfig, settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Begun:
-    """What all stages share: the prompts to answer in their order, and the day that templates write."""
+    """What all stages share.
+
+    Attributes:
+      prompts: to be answered and trained on, in their order.
+      template_date: the day that templates write.
+      again: how many of them are asked as held-out prompts, too.
+    """
 
     prompts: list[Prompt]
     template_date: str
+    again: int
 
 
 def check_folder(output: Path) -> None:
@@ -176,7 +184,7 @@ def begin(settings: Settings, questions: Path) -> Begun:
         write_rows(questions, rows)
         write_json(path, now)
         then = now
-    return Begun(found, then["template_date"])
+    return Begun(found, then["template_date"], len({prompt.key for prompt in found} & {prompt.key for prompt in asked}))
 
 
 def held_out(found: Sequence[Prompt], size: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:

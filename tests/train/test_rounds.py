@@ -339,10 +339,19 @@ def test_without_a_check_or_in_a_folder_in_use_nothing_begins(
 def test_prompts_to_be_asked_are_kept_where_no_others_are_named(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     given = settings.read(parser(), [flag for flag in flags("out") if not flag.startswith("--check_dataset")])
     begun = settings.begin(given, tmp_path / "out" / "questions.jsonl")
+    assert begun.again == 0
     kept = [json.loads(line)["prompt"] for line in (tmp_path / "out" / "questions.jsonl").read_text().splitlines()]
     answered = [prompt.text for prompt in begun.prompts]
     assert len(kept) == 2  # 0.3 of 8
     assert sorted([*kept, *answered]) == sorted(WORDS)
+
+
+def test_prompts_that_are_trained_on_and_asked_are_counted(
+    flags: Callable[..., list[str]], tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    both = write_rows([*PROMPTS[2:5], {"prompt": "moon", "answer": "m"}], "both.jsonl")
+    given = settings.read(parser(), flags("out", f"--check_dataset={both}"))
+    assert settings.begin(given, tmp_path / "out" / "questions.jsonl").again == 3
 
 
 def test_a_file_has_flags_of_every_kind(flags: Callable[..., list[str]], tmp_path: Path) -> None:
