@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,19 @@ class _Parser(cli.Parser, HfArgumentParser):
         return arguments
 
 
-def parse(arguments: Sequence[str]) -> BNFConfig:
-    """Flags to a config. A flag goes before the --config file, that before the model's preset, that before the defaults."""
+def parse(arguments: Sequence[str], others: Collection[str] = ()) -> BNFConfig:
+    """Flags to a config. A flag goes before the --config file, that before the model's preset, that before the defaults.
+
+    Args:
+      others: keys of the --config file that another command reads.
+    """
     flags_only = cli.without_debug(arguments)
     early = _Parser(add_help=False)
     for name in ("--config", "--objective"):
         early.add_argument(name)
     first, _ = early.read_known(flags_only)
     in_file = {} if first.config is None else read_yaml(first.config)
+    in_file = {key: value for key, value in in_file.items() if str(key).replace("-", "_") not in others}
     debug_in_file = in_file.pop("debug") if isinstance(in_file.get("debug"), bool) else False
     chosen = first.objective or str(in_file.get("objective") or BNFConfig.objective)
 

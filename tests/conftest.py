@@ -62,6 +62,7 @@ LONG = (
     "plan",
     "distributed",
     "compare",
+    "rounds",
     "trainer",
     "resume",
     "head_sizes",

@@ -56,7 +56,10 @@ def test_the_wheel_runs_where_the_sources_are_not(wheel: Path, tmp_path: Path, m
     monkeypatch.chdir(elsewhere)
     where = children.run("-c", "import bnf_core, bnf_train; print(bnf_core.__file__, bnf_train.__file__)", PYTHONPATH=str(site))
     assert all(Path(path).is_relative_to(site) for path in where.out.split())
-    for command in ("bnf_train", *(f"bnf_train.{name}" for name in ("plan", "compare", "analyze", "benchmark", "sample"))):
+    for command in (
+        "bnf_train",
+        *(f"bnf_train.{name}" for name in ("plan", "compare", "analyze", "benchmark", "sample", "rounds")),
+    ):
         assert children.run("-m", command, "--help", PYTHONPATH=str(site)).out.startswith(f"usage: python -m {command} ")
     children.run("-m", "bnf_train", "--max_steps", "1", "--no_reference_cache", PYTHONPATH=str(site), HF_HOME=str(tmp_path))
     assert {"report.html", "README.md", "model.safetensors"} <= set(os.listdir("runs/demo-bnf"))

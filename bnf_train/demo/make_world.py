@@ -312,6 +312,11 @@ def main() -> None:
     share, seconds = sum(row["label"] for row in chosen) / len(chosen), time.time() - start
     print(f"{len(chosen)} preference rows, {share:.3f} right; checked and sampled in {seconds:.0f} s")
     write(args.output / "preferences.jsonl", chosen)
+    answered, of_prompt = (
+        dict.fromkeys(row["prompt"] for row in chosen),
+        {question.prompt: question.answer for question in asked},
+    )
+    write(args.output / "prompts.jsonl", [{"prompt": prompt, "answer": of_prompt[prompt]} for prompt in answered])
     write(
         args.output / "check.jsonl",
         [{"prompt": q.prompt, "answer": q.answer, "group": group} for group, of_group in check.items() for q in of_group],

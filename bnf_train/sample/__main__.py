@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bnf_train import cli
 from bnf_train.errors import UsageError
+from bnf_train.sample.flags import add_drawing, check_drawing
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -41,12 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="rows with a prompt: a file, or a training split of a folder or hub dataset (another: NAME=SPLIT)",
     )
     add("--output", required=True, metavar="FILE", help="the rows, a new .jsonl file")
-    add("--form", choices=("singles", "groups", "pairs"), default="singles", help="a row an answer, a row a prompt with all of "
-        "its answers, or its best and its worst (default: %(default)s)")  # fmt: skip
-    add("--samples", type=int, default=5, metavar="K", help="answers to a prompt (default: %(default)s, the paper's)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="of the draws (default: %(default)s, the paper's)")
-    add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of this share (default: 1, all)")
-    add("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
+    add_drawing(add)
     add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     add("--check", metavar="NAME", help="label answers by a check, as --check of python -m bnf_train; half right is right")
     add("--reward_model", metavar="MODEL", help="or score them by a sequence-classification model of one label")
@@ -80,21 +76,12 @@ def _check_source(flags: argparse.Namespace) -> None:
 
 
 def _check_numbers(flags: argparse.Namespace) -> None:
-    for name in ("samples", "max_new_tokens", "batch_size", "concurrency"):
+    for name in ("batch_size", "concurrency"):
         if (value := getattr(flags, name)) < 1:
             raise UsageError(f"--{name}: expected at least 1, got {value}.")
     if flags.seed < 0:
         raise UsageError(f"--seed: expected at least 0, got {flags.seed}.")
-    if not 0 <= flags.temperature < float("inf"):
-        raise UsageError(f"--temperature: expected a number of at least 0, got {flags.temperature}.")
-    if flags.temperature == 0 and flags.samples > 1:
-        raise UsageError(
-            f"--temperature 0: {flags.samples} answers to a prompt would be the same; add --samples 1, or raise it."
-        )
-    if not 0 < flags.top_p <= 1:
-        raise UsageError(f"--top_p: expected more than 0 and at most 1, got {flags.top_p}.")
-    if flags.form == "pairs" and flags.samples < 2:
-        raise UsageError(f"--form pairs: needs at least 2 answers to a prompt, got --samples {flags.samples}.")
+    check_drawing(flags)
 
 
 def main(arguments: list[str] | None = None) -> int:

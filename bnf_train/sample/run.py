@@ -24,11 +24,15 @@ from bnf_train.sample.server import Server
 
 ASKED = ("model", "server", "server_model", "prompts", "samples", "temperature", "top_p", "max_new_tokens", "seed", "check",
          "reward_model")  # fmt: skip
+PARTIAL = ".partial.jsonl"  # in place of .jsonl: the answers, until all are there
 OF_MODEL = ("batch_size", "bf16")  # on which answers of --model depend, too
 
 
-def sample(flags: argparse.Namespace, console: Console) -> None:
+def sample(flags: argparse.Namespace, console: Console, keep_answers: bool = False) -> None:
     """Writes the rows, and says what was counted.
+
+    Args:
+      keep_answers: the file of all answers with their values stays beside the rows, as `Partial` wrote it.
 
     Raises:
       UsageError: what cannot be read, drawn, labelled or written.
@@ -44,7 +48,7 @@ def sample(flags: argparse.Namespace, console: Console) -> None:
     label = _label(flags, asked, device)
     names = (*ASKED, *(OF_MODEL if flags.model is not None else ()))
     arguments = {name: getattr(flags, name) for name in names} | {"rows": _digest(asked)}
-    path = output.with_suffix(".partial.jsonl")
+    path = output.with_suffix(PARTIAL)
     with Partial(path, arguments) as partial:
         if partial.resumed:
             console.print(f"{path}: answers to {partial.resumed:,} prompts are there; going on.", markup=False)
@@ -58,7 +62,8 @@ def sample(flags: argparse.Namespace, console: Console) -> None:
                 bar.update()
     found = [partial.found[place] for place in range(len(asked))]
     written = _write(output, asked, found, flags)
-    path.unlink()
+    if not keep_answers:
+        path.unlink()
     for sentence in sentences(found, written, flags.form, flags.reward_model is not None, flags.max_new_tokens):
         console.print(sentence, markup=False)
     console.print(f"{output}: {written:,} rows ({flags.form}).", markup=False)

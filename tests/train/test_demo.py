@@ -92,3 +92,10 @@ def test_right_answers_are_counted_where_they_are_the_demos() -> None:
     assert (own.check, own.check_dataset) == ("contains", None)
     with pytest.raises(UsageError, match="--check_samples: has no effect without --check"):
         parse(["--dataset", "rows.jsonl", "--check_samples", "1"])
+
+
+def test_prompts_of_the_rounds_are_those_of_the_rows_with_their_answers() -> None:
+    prompts = read_rows(str(demo.PROMPTS))
+    assert [row["prompt"] for row in prompts] == list(dict.fromkeys(row["prompt"] for row in read_rows(str(demo.PREFERENCES))))
+    assert all(row["answer"] == solve(row["prompt"]) for row in prompts)
+    assert not {row["prompt"] for row in prompts} & {row["prompt"] for row in CHECK}

@@ -1,0 +1,1 @@
+"""Rounds of sampling, checking and training: `python -m bnf_train.rounds`."""
