@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from bnf_train.compare.arm import Measures, train_arm
 from bnf_train.errors import UsageError, is_out_of_memory, one_line
+from bnf_train.processes import end_with_parent
 
 KILLED = "its process was killed, out of memory?"
 
@@ -63,17 +63,9 @@ def _train(pipe: Connection, arguments: Sequence[str], measures: Measures, befor
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(max(1, torch.get_num_threads() // share))
     try:
         pipe.send(train_arm(arguments, measures, before))
     except Exception as error:
         pipe.send(error)
-
-
-def _end_with_parent() -> None:
-    """Ends this process where its parent was killed: the next comparison would write where it still does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -113,15 +113,10 @@ def compare(options: Mapping[str, Any], common: Mapping[str, Any]) -> None:
     )
     paragraphs(measures.probe)
     output.mkdir(parents=True, exist_ok=True)
-    in_file = {key: value for key, value in common.items() if key != "flags"}
-    of_a_seed = [f"--{key}={value}" for key, value in in_file.items() if SEED in str(value)]
-    for_all = {key: value for key, value in in_file.items() if SEED not in str(value)}
-    (output / "common.yaml").write_text(yaml.safe_dump(DEFAULTS | {"reference_cache": str(output / "reference")} | for_all))
-    shared = in_file | {name: options[name] for name in ("probe", "responses", "max_new_tokens")}
-    arms = list(_arms(options, [*of_a_seed, *common["flags"]], output, shared))
-    for arm in arms:
+    found = list(arms(options, common, output))
+    for arm in found:
         parse(arm.arguments)  # what is wrong in the last arm is said before the first one is run
-    done = _run(arms, measures, options["jobs"], output)
+    done = _run(found, measures, options["jobs"], output)
     console = Console(soft_wrap=True, highlight=False)
     console.print(table(done))
     console.print(f"report.html, compare.json, compare.md and figures in {output}")
@@ -129,10 +124,10 @@ def compare(options: Mapping[str, Any], common: Mapping[str, Any]) -> None:
         raise UsageError(f"{failed} of {len(done)} arms failed (see above); the same command tries them again.")
 
 
-def _run(arms: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> list[dict[str, Any]]:
+def _run(found: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> list[dict[str, Any]]:
     """The results of all arms: of those that have finished what they left; the others run, `jobs` at a time."""
     console = Console(soft_wrap=True, highlight=False)
-    results = [arm.finished() for arm in arms]
+    results = [arm.finished() for arm in found]
     todo = [number for number, result in enumerate(results) if result is None]
     # one arm of each seed measures the starting point
     started = {result["seed"] for result in results if result and result["curve"][0]["step"] == 0}
@@ -142,8 +137,8 @@ def _run(arms: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> li
         while todo or running:
             while todo and len(running) < jobs:
                 number = todo.pop(0)
-                arm = arms[number]
-                console.rule(f"arm {number + 1} of {len(arms)}: {arm.name}, seed {arm.seed}")
+                arm = found[number]
+                console.rule(f"arm {number + 1} of {len(found)}: {arm.name}, seed {arm.seed}")
                 arm.remove()
                 arm.folder.parent.mkdir(exist_ok=True)
                 log = None if jobs == 1 else arm.folder.with_name(arm.folder.name + ".log")
@@ -152,7 +147,7 @@ def _run(arms: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> li
                 started.add(arm.seed)
             for ended in wait(list(running)):
                 number, begun = running[ended]
-                arm, result = arms[number], begun.result()
+                arm, result = found[number], begun.result()
                 del running[ended]
                 if isinstance(result, str):
                     console.print(f"{arm.name}, seed {arm.seed}, failed: {result}")
@@ -172,8 +167,17 @@ def _run(arms: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> li
     return done
 
 
-def _arms(options: Mapping[str, Any], flags: Sequence[str], output: Path, shared: dict[str, Any]) -> Iterator[Arm]:
-    """Every arm at every learning rate with every seed; seed by seed, so that an early look at the report is fair."""
+def arms(options: Mapping[str, Any], common: Mapping[str, Any], output: Path) -> Iterator[Arm]:
+    """Every arm at every learning rate with every seed; seed by seed, so that an early look at the report is fair.
+
+    Leaves in the folder `output` what is the same for all of them. Arguments are those of `compare`.
+    """
+    in_file = {key: value for key, value in common.items() if key != "flags"}
+    of_a_seed = [f"--{key}={value}" for key, value in in_file.items() if SEED in str(value)]
+    for_all = {key: value for key, value in in_file.items() if SEED not in str(value)}
+    (output / "common.yaml").write_text(yaml.safe_dump(DEFAULTS | {"reference_cache": str(output / "reference")} | for_all))
+    shared = in_file | {name: options[name] for name in ("probe", "responses", "max_new_tokens")}
+    flags = [*of_a_seed, *common["flags"]]
     names = set()
     for seed in options["seeds"]:
         for spec in options["arms"]:
