@@ -82,7 +82,10 @@ def collect(runs: Path) -> None:
             if "failed" in run:
                 print(f"{recipe}, {run['name']}, seed {run['seed']}: failed, {run['failed']}")
                 continue
-            right = {when: {g: of["sampled"]["value"] for g, of in run["right"][when].items()} for when in run["right"]}
+            right = {
+                when: {group: of["sampled"]["value"] for group, of in run["right"].get(when, {}).items()}
+                for when in ("before", "after")
+            }
             if right.get("before"):
                 before[str(run["seed"])] = {group: round(value, 5) for group, value in right["before"].items()}
             arm, found, rate = run["name"].replace("runs/worlds/{seed}/", "").replace(".jsonl", "").rpartition(" lr=")
