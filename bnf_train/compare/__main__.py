@@ -4,7 +4,7 @@
     python -m bnf_train.compare --config proofs/experiments/collapse.yaml
 
 An arm is an objective and flags of `python -m bnf_train` for it alone; all other flags of bnf_train are for every arm.
-Each arm is a run in a process of its own under OUTPUT_DIR/arms, with the reference's log-odds computed once for all.
+Each arm is a run in a process of its own under OUTPUT_DIR/arms; what one computes of the reference the later ones find.
 Arms that have finished are not run again: the same command goes on after an interruption, and takes up new arms.
 {seed} in a flag is the arm's seed: --model worlds/{seed}/model has a model for each.
 """
@@ -48,7 +48,12 @@ def read_options(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, An
     add("--arms", nargs="+", metavar="ARM", help='An objective, and flags for it alone: bnf "dpo beta=0.1".')
     add("--learning_rates", nargs="+", metavar="LR", help="Every arm at each of them. Default: bnf_train's --learning_rate.")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="Every arm with each of them. Default: 0 1.")
-    add("--jobs", type=int, metavar="N", help="So many arms at a time, each with its share of the cores. Default: 1.")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="So many arms at a time, on shared cores; each prints to arms/NAME.log. Default: 1.",
+    )
     add("--probe", metavar="FILE", help="Text outside the preference data, with blank lines. Default: built in; none: none.")
     add("--responses", type=int, metavar="N", help="Held-out prompts answered greedily after training. Default: 8; 0: none.")
     add("--max_new_tokens", type=int, metavar="N", help="Where an answer is cut. Default: 256.")
@@ -65,6 +70,8 @@ def read_options(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, An
         "learning_rates": [], "seeds": [0, 1], "probe": str(PROBE), "responses": 8, "max_new_tokens": 256,
         "keep_models": False, "arm_reports": True, "jobs": 1, "output_dir": "runs/compare",
     }  # fmt: skip
+    if "no_arm_reports" in in_file:
+        in_file["arm_reports"] = not in_file.pop("no_arm_reports")
     options |= {key: in_file.pop(key) for key in OWN if key in in_file}
     options |= {key: value for key, value in given.items() if key in OWN}
     if not isinstance(options.get("arms"), list) or not options["arms"]:

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import pickle
+import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,12 +62,23 @@ class Running:
 
 def _train(pipe: Connection, arguments: Sequence[str], measures: Measures, before: bool, share: int, log: Path | None) -> None:
     if log is not None:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, 1)
         os.dup2(file, 2)
     end_with_parent()
     torch.set_num_threads(max(1, torch.get_num_threads() // share))
     try:
         pipe.send(train_arm(arguments, measures, before))
+    except KeyboardInterrupt:
+        os._exit(130)  # the command has it, too, and says so
     except Exception as error:
-        pipe.send(error)
+        error.add_note(traceback.format_exc())  # pickling loses where it was raised
+        pipe.send(error if _pickles(error) else RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def _pickles(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True

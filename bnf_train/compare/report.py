@@ -92,9 +92,9 @@ def summaries(results: Iterable[Result]) -> dict[str, dict[str, dict[str, float]
     """
     finished = [result for result in results if "failed" not in result]
     by_arm: dict[str, list[Result]] = {}
-    for result in finished:
-        if result["curve"][0]["step"] == 0:
-            by_arm.setdefault(START, []).append(_start(result))
+    starts = {result["seed"]: result for result in reversed(finished) if result["curve"][0]["step"] == 0}
+    if starts:  # several arms of a seed may have measured it
+        by_arm[START] = [_start(starts[seed]) for seed in sorted(starts)]
     for result in finished:
         by_arm.setdefault(result["name"], []).append(result)
     known = columns(finished)

@@ -72,6 +72,11 @@ class Arm:
             )
         return result
 
+    @property
+    def log(self) -> Path:
+        """What it prints, where arms run side by side."""
+        return self.folder.with_name(self.folder.name + ".log")
+
     def remove(self) -> None:
         """Removes what a killed run left of it."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -107,7 +112,7 @@ def compare(options: Mapping[str, Any], common: Mapping[str, Any]) -> None:
     output = Path(options["output_dir"])
     if not (output / "common.yaml").exists():
         cli.check_new_folder(output, ", or that of a comparison to go on with")
-    probe = None if options["probe"] == NO_PROBE else Path(options["probe"])
+    probe = None if options["probe"] in (None, NO_PROBE) else Path(options["probe"])
     measures = Measures(
         probe, options["responses"], options["max_new_tokens"], keep_model=options["keep_models"], pages=options["arm_reports"]
     )
@@ -129,7 +134,7 @@ def _run(found: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> l
     console = Console(soft_wrap=True, highlight=False)
     results = [arm.finished() for arm in found]
     todo = [number for number, result in enumerate(results) if result is None]
-    # one arm of each seed measures the starting point
+    # arms measure the starting point, too, until one of their seed has
     started = {result["seed"] for result in results if result and result["curve"][0]["step"] == 0}
     running: dict[Any, tuple[int, Running]] = {}
     written = time.monotonic()
@@ -141,21 +146,20 @@ def _run(found: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> l
                 console.rule(f"arm {number + 1} of {len(found)}: {arm.name}, seed {arm.seed}")
                 arm.remove()
                 arm.folder.parent.mkdir(exist_ok=True)
-                log = None if jobs == 1 else arm.folder.with_name(arm.folder.name + ".log")
-                begun = Running(arm.arguments, measures, arm.seed not in started, jobs, log)
+                begun = Running(arm.arguments, measures, arm.seed not in started, jobs, None if jobs == 1 else arm.log)
                 running[begun.ended] = number, begun
-                started.add(arm.seed)
             for ended in wait(list(running)):
                 number, begun = running[ended]
                 arm, result = found[number], begun.result()
                 del running[ended]
                 if isinstance(result, str):
-                    console.print(f"{arm.name}, seed {arm.seed}, failed: {result}")
+                    more = "" if jobs == 1 else f" (see {arm.log})"
+                    console.print(f"{arm.name}, seed {arm.seed}, failed: {result}{more}")
                     results[number] = arm.failed(result)
-                    if begun.before:  # another arm of this seed does it
-                        started.discard(arm.seed)
                 else:
                     results[number] = arm.keep(result)
+                    if begun.before:
+                        started.add(arm.seed)
             if jobs == 1 or time.monotonic() - written > SECONDS_BETWEEN_REPORTS:
                 write(output, [result for result in results if result])
                 written = time.monotonic()
@@ -173,7 +177,7 @@ def arms(options: Mapping[str, Any], common: Mapping[str, Any], output: Path) ->
     Leaves in the folder `output` what is the same for all of them. Arguments are those of `compare`.
     """
     in_file = {key: value for key, value in common.items() if key != "flags"}
-    of_a_seed = [f"--{key}={value}" for key, value in in_file.items() if SEED in str(value)]
+    of_a_seed = [word for key, value in in_file.items() if SEED in str(value) for word in _words(key, value)]
     for_all = {key: value for key, value in in_file.items() if SEED not in str(value)}
     (output / "common.yaml").write_text(yaml.safe_dump(DEFAULTS | {"reference_cache": str(output / "reference")} | for_all))
     shared = in_file | {name: options[name] for name in ("probe", "responses", "max_new_tokens")}
@@ -195,9 +199,14 @@ def arms(options: Mapping[str, Any], common: Mapping[str, Any], output: Path) ->
                 names.add(folder)
                 chosen = [f"--objective={objective}", *(f"--{word}" for word in own), f"--seed={seed}"]
                 chosen += [f"--learning_rate={rate}"] if rate is not None else []
-                arguments = [f"--config={output / 'common.yaml'}", *flags, *chosen]
-                arguments = [word.replace(SEED, str(seed)) for word in arguments] + [f"--output_dir={folder}"]
+                own = [word.replace(SEED, str(seed)) for word in [*flags, *chosen]]
+                arguments = [f"--config={output / 'common.yaml'}", *own, f"--output_dir={folder}"]
                 yield Arm(name, seed, folder, arguments, shared)
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """A key of a YAML file as a flag."""
+    return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
 
 
 def _number(value: Any) -> float:

@@ -10,134 +10,18 @@ what the other tasks fell by.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-
-from bnf_train.checks import student
+from measured import SEEDS, Mean, Results, Run, best, collect, difference, mean, near_best
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-RECIPES = ("singles", "pairs", "singles_3_epochs", "pairs_3_epochs", "hyperparameters", "collapse", "pairing", "negatives")
 RIGHT_ONLY = "log_likelihood dataset=right"
 SHOWN = {RIGHT_ONLY: "RFT (likelihood of right answers)", "log_likelihood": "likelihood of both labels"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """An arm with a seed: shares of right answers after training."""
-
-    recipe: str
-    arm: str
-    rate: float | None
-    seed: int
-    target: float
-    others: float
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
-
-    @property
-    def points(self) -> str:
-        """Of a difference."""
-        return f"{100 * self.value:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
-
-    @property
-    def verdict(self) -> str:
-        return "more" if self.low > 0 else "less" if self.high < 0 else "undecided"
-
-
-def mean(values: Sequence[float]) -> Mean:
-    low, high = student(values) if len(values) > 1 else (float("-inf"), float("inf"))
-    return Mean(fmean(values), low, high)
-
-
-# --- results/*.json ----------------------------------------------------------------------------------------------------------
-
-
-def collect(runs: Path) -> None:
-    """results/RECIPE.json from the compare.json of each recipe that has been run."""
-    RESULTS.mkdir(exist_ok=True)
-    for recipe in RECIPES:
-        path = runs / recipe / "compare.json"
-        if not path.exists():
-            print(f"{path}: not there; {RESULTS / recipe}.json stays as it is.")
-            continue
-        rows, before = [], {}
-        for run in json.loads(path.read_text())["runs"]:
-            if "failed" in run:
-                print(f"{recipe}, {run['name']}, seed {run['seed']}: failed, {run['failed']}")
-                continue
-            right = {
-                when: {group: of["sampled"]["value"] for group, of in run["right"].get(when, {}).items()}
-                for when in ("before", "after")
-            }
-            if right.get("before"):
-                before[str(run["seed"])] = {group: round(value, 5) for group, value in right["before"].items()}
-            arm, found, rate = run["name"].replace("runs/worlds/{seed}/", "").replace(".jsonl", "").rpartition(" lr=")
-            rows.append(
-                {"arm": arm if found else rate, "rate": float(rate) if found else None, "seed": run["seed"]}
-                | {group: round(value, 5) for group, value in right["after"].items()}
-            )  # fmt: skip
-        lines = ",\n  ".join(json.dumps(row) for row in rows)
-        (RESULTS / f"{recipe}.json").write_text(f'{{"before": {json.dumps(before)},\n "runs": [\n  {lines}\n]}}\n')
-        print(f"{RESULTS / recipe}.json: {len(rows)} runs")
-
-
-class Results:
-    """All runs, and what was right before."""
-
-    def __init__(self, folder: Path = RESULTS) -> None:
-        self.runs: list[Run] = []
-        self.before: dict[int, dict[str, float]] = {}
-        for recipe in RECIPES:
-            content = json.loads((folder / f"{recipe}.json").read_text())
-            for row in content["runs"]:
-                self.runs.append(Run(recipe, **row))
-            self.before |= {int(seed): of for seed, of in content["before"].items()}
-
-    def of(self, recipe: str, arm: str | None = None, rate: float | None = None) -> list[Run]:
-        return [
-            run for run in self.runs
-            if run.recipe == recipe and arm in (None, run.arm) and rate in (None, run.rate)
-        ]  # fmt: skip
-
-    def arms(self, recipe: str) -> list[str]:
-        return list(dict.fromkeys(run.arm for run in self.of(recipe)))
-
-    def rates(self, recipe: str) -> list[float]:
-        return sorted({run.rate for run in self.of(recipe) if run.rate is not None})
-
-    def start(self, group: str) -> Mean:
-        return mean([of[group] for of in self.before.values()])
-
-    def lost(self, run: Run) -> float:
-        """What the other tasks fell by."""
-        return self.before[run.seed]["others"] - run.others
-
-    def score(self, run: Run) -> float:
-        """Won on the target less lost on the others."""
-        return run.target - self.before[run.seed]["target"] - max(0.0, self.lost(run))
-
-
-def difference(a: Iterable[Run], b: Iterable[Run], value: Callable[[Run], float]) -> Mean:
-    """Of a less b, seed by seed."""
-    of_b = {run.seed: value(run) for run in b}
-    return mean([value(run) - of_b[run.seed] for run in a if run.seed in of_b])
 
 
 # --- tables ------------------------------------------------------------------------------------------------------------------
@@ -166,12 +50,6 @@ def grid(results: Results, recipe: str) -> str:
     return table(["objective", *(f"lr {rate:g}" for rate in rates)], rows)
 
 
-def best(results: Results, recipe: str, arm: str) -> list[Run]:
-    """The runs of an arm at the learning rate where its mean score is highest."""
-    at = [results.of(recipe, arm, rate) for rate in results.rates(recipe)]
-    return max((runs for runs in at if runs), key=lambda runs: fmean(map(results.score, runs)))
-
-
 def bests(results: Results, recipes: Sequence[str]) -> str:
     """Every arm at its best learning rate, the highest score first."""
     found = [(recipe, best(results, recipe, arm)) for recipe in recipes for arm in results.arms(recipe)]
@@ -179,7 +57,9 @@ def bests(results: Results, recipes: Sequence[str]) -> str:
     rows = []
     for recipe, runs in found:
         values = (mean([run.target for run in runs]), mean([run.others for run in runs]), mean(list(map(results.score, runs))))
-        rows.append([named(runs[0].arm), recipe.replace("_", " "), f"{runs[0].rate:g}", *map(str, values)])
+        smallest = min(run.rate or 0.0 for run in results.of(recipe, runs[0].arm))
+        rate = f"{runs[0].rate:g}" + (", the smallest tried" if runs[0].rate == smallest else "")
+        rows.append([named(runs[0].arm), recipe.replace("_", " "), rate, *map(str, values)])
     return table(["objective", "rows", "best lr", "target", "others", "won less lost"], rows)
 
 
@@ -256,35 +136,30 @@ def supervised(results: Results) -> Claim:
 
 
 def sensitivity(results: Results) -> Claim:
-    """The share of a method's grid (hyper-parameters and learning rates) whose mean score is near its own best."""
+    """The share of a method's grid (hyper-parameters and learning rates) that scores near its best cell, seed by seed."""
     rates = results.rates("hyperparameters")
-    grids = {
-        "bnf": [("pairs", "bnf")],
-        "bnf_one_sided": [("pairs", "bnf_one_sided")],
-        "dpo": [("pairs", "dpo"), *of_hyperparameters(results, "dpo")],
-        "simpo": [("pairs", "simpo"), *of_hyperparameters(results, "simpo")],
-        "ipo": [("pairs", "ipo"), *of_hyperparameters(results, "ipo")],
-        "kto": [("singles", "kto"), *of_hyperparameters(results, "kto")],
+    rows, shares = [], {}
+    for method in ("bnf", "bnf_one_sided", "dpo", "simpo", "ipo", "kto"):
+        arms = [("singles" if method == "kto" else "pairs", method), *of_hyperparameters(results, method)]
+        cells = [results.of(recipe, arm, rate) for recipe, arm in arms for rate in rates]
+        shares[method] = [
+            near_best([results.score(run) for cell in cells for run in cell if run.seed == seed]) for seed in SEEDS
+        ]
+        top = max(cells, key=lambda cell: fmean(map(results.score, cell)))
+        score, where = fmean(map(results.score, top)), f"`{top[0].arm}`, lr {top[0].rate:g}"
+        rows.append([f"`{method}`", str(len(cells)), str(mean(shares[method])), f"{100 * score:+.1f}", where])
+    ahead = {
+        method: mean([x - y for x, y in zip(shares["bnf"], shares[method], strict=True)])
+        for method in ("dpo", "simpo", "ipo", "kto")
     }
-    rows, share = [], {}
-    for method, cells in grids.items():
-        scores = {
-            (arm, rate): fmean(map(results.score, results.of(recipe, arm, rate))) for recipe, arm in cells for rate in rates
-        }
-        (arm, rate), top = max(scores.items(), key=lambda item: item[1])
-        near = sum(score > top - 0.05 for score in scores.values())
-        share[method] = near / len(scores)
-        rows.append(
-            [f"`{method}`", str(len(scores)), f"{near} ({share[method]:.0%})", f"{100 * top:+.1f}", f"`{arm}`, lr {rate:g}"]
-        )
-    verdict = HOLDS if share["bnf"] > max(share[m] for m in ("dpo", "simpo", "ipo", "kto")) else FAILS
     sentence = (
-        f"BNF has the learning rate alone to choose: {share['bnf']:.0%} of its grid is within 5 points of its best score; of "
-        f"DPO's {share['dpo']:.0%}, SimPO's {share['simpo']:.0%}, IPO's {share['ipo']:.0%}, KTO's {share['kto']:.0%}, of "
-        f"one-sided BNF's {share['bnf_one_sided']:.0%}. A share says little where the best is poor."
+        f"Over learning rates from {rates[0]:g} to {rates[-1]:g}, and for the others over hyper-parameters as well, the share of the "
+        "other cells that score within 5 points of the best one: BNF's less "
+        + "; ".join(f"{method}'s {d.points}" for method, d in ahead.items())
+        + ". BNF has fewer cells to try; its learning rate matters as much as theirs."
     )
-    head = ["method", "cells", "within 5 points of its best", "best score (points)", "where"]
-    return Claim("c", "No hyper-parameters to tune", verdict, sentence, [table(head, rows)])
+    head = ["method", "cells", "share of the others near the best", "best score (points)", "where"]
+    return Claim("c", "No hyper-parameters to tune", verdict_of(ahead.values()), sentence, [table(head, rows)])
 
 
 def of_hyperparameters(results: Results, objective: str) -> list[tuple[str, str]]:
@@ -300,13 +175,14 @@ def pairing(results: Results) -> Claim:
     none, all_of, half = (
         results.of("pairing", f"bnf {what}", rate) for what in ("pairing_ratio=0", "pairing_ratio=1", "dataset=half_of_pairs")
     )
-    gained = mean([run.target - results.before[run.seed]["target"] for run in none])
+    gained = mean(list(map(results.won, none)))
     more = difference(all_of, none, lambda run: run.target)
     same_size = difference(half, none, lambda run: run.target)
     verdict = HOLDS if gained.low > 0 else FAILS if gained.high < 0 else OPEN
     sentence = (
         f"With no pair at all BNF wins {gained.points} on the target (lr {rate:g}). All pairs whole against one side of each: "
-        f"{more.points}, with twice the responses; half of the pairs, whole, as many responses: {same_size.points}."
+        f"{more.points}, with twice the responses; half of the pairs, whole, which is as many responses in half the steps: "
+        f"{same_size.points}."
     )
     return Claim("d", "No pairs are needed", verdict, sentence, [grid(results, "pairing")])
 
@@ -328,7 +204,7 @@ def one_side(results: Results) -> Claim:
     """One-sided less both-sided at each learning rate, in every recipe that has both."""
     rows, ahead = [], []
     for recipe in ("singles", "singles_3_epochs", "pairs", "pairs_3_epochs"):
-        for rate in results.rates(recipe):
+        for rate in results.rates(recipe) if "bnf_one_sided" in results.arms(recipe) else ():
             pair = results.of(recipe, "bnf_one_sided", rate), results.of(recipe, "bnf", rate)
             target, others = (difference(*pair, value) for value in (lambda run: run.target, lambda run: run.others))
             ahead.append(difference(*pair, results.score))
@@ -367,7 +243,7 @@ def squeezing(results: Results) -> Claim:
             ("of another prompt", "negatives", f"{objective} dataset=unrelated"),
         ):
             rows.append([named(objective), source, *(cell(results.of(recipe, arm, rate)) for rate in rates)])
-    own = best(results, "singles", "bnf_one_sided")
+    own = best(results, "singles", "bnf_one_sided", rates)
     worse = {
         name: difference(best(results, "negatives", f"bnf_one_sided dataset={name}"), own, results.score)
         for name in ("foreign", "unrelated")
@@ -379,11 +255,12 @@ def squeezing(results: Results) -> Claim:
         ) for name in ("foreign", "unrelated")
     }  # fmt: skip
     verdict = verdict_of(both.values())
+    points = {name: (both[name].points, worse[name].points) for name in both}
     sentence = (
-        "BNF starts with w = 1 on a wrong token however unlikely it is, unlikelihood near 0. BNF's score less unlikelihood's "
-        f"is {both['foreign'].points} with another model's, {both['unrelated'].points} with those of another prompt. "
-        f"One-sided BNF with another model's wrong answers less with its own: {worse['foreign'].points}; with those of another "
-        f"prompt: {worse['unrelated'].points}."
+        "BNF starts with w = 1 on a wrong token however unlikely it is, unlikelihood near 0. At the better of the two rates BNF's "
+        f"score less unlikelihood's is {points['foreign'][0]} with another model's wrong answers and {points['unrelated'][0]} with "
+        f"those of another prompt. One-sided BNF with another model's wrong answers less with its own: {points['foreign'][1]}; "
+        f"with those of another prompt: {points['unrelated'][1]}."
     )
     head = ["objective", "wrong answers", *(f"lr {rate:g}" for rate in rates)]
     return Claim("h", "Pushing down unlikely answers does no harm", verdict, sentence, [table(head, rows)])
@@ -412,7 +289,7 @@ def page(results: Results) -> str:
         + (__doc__ or "").split("\n\n", 2)[2].replace("\n", " ").strip()
         + " Cells of grids: "
         "target, with half the width of its interval, / others, in percent.\n\n"
-        f"Before training: target {start['target']}, others {start['others']}; {len(results.before)} worlds, "
+        f"Before training: target {start['target']}, others {start['others']}; {len(SEEDS)} worlds, "
         f"{len(results.runs):,} runs.\n\n"
     )
     summary = table(["claim", "verdict"], [[f"({c.letter}) {c.title}", f"**{c.verdict}.** {c.sentence}"] for c in claims])

@@ -95,7 +95,7 @@ def derive(worlds: Path, seed: int, other: int, device: str) -> None:
         "pairs": pairs,
         "half_of_pairs": pairs[: len(pairs) // 2],
         "foreign": foreign(rows, worlds / str(other) / "model", device),
-        "unrelated": unrelated(rows, rng),
+        "unrelated": unrelated(rows, rng),  # the last one
     }
     for name, content in made.items():
         write(folder / f"{name}.jsonl", content)
@@ -109,10 +109,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="worlds made at a time")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args, more = parser.parse_known_args()  # the others are make_world's
+    if len(set(args.seeds)) < 2:
+        parser.error("--seeds: expected at least two, each of which answers the questions of the next one")
 
     def make(seed: int) -> None:
         folder = args.output / str(seed)
-        if not (folder / "check.jsonl").exists():  # what is written last
+        if (folder / "check.jsonl").exists():  # what is written last
+            print(f"{folder}: there already, and kept as it is")
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "bnf_train.demo.make_world", f"--seed={seed}"]
             subprocess.run([*command, f"--output={folder}", f"--device={args.device}", *more], check=True)
@@ -120,7 +124,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(make, args.seeds))
     for k, seed in enumerate(args.seeds):
-        derive(args.output, seed, other=args.seeds[k - 1], device=args.device)
+        if not (args.output / str(seed) / "unrelated.jsonl").exists():  # what is written last
+            derive(args.output, seed, other=args.seeds[k - 1], device=args.device)
 
 
 if __name__ == "__main__":

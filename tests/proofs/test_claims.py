@@ -19,6 +19,7 @@ EXPERIMENTS = ROOT / "proofs" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import claims  # type: ignore[import-not-found]  # noqa: E402
+import measured  # type: ignore[import-not-found]  # noqa: E402
 
 RECIPES = sorted(EXPERIMENTS.glob("*.yaml"))
 T_OF_FIVE = 2.7764  # 97.5 % point of Student's t with 4 degrees of freedom
@@ -26,7 +27,7 @@ T_OF_FIVE = 2.7764  # 97.5 % point of Student's t with 4 degrees of freedom
 
 @pytest.fixture(scope="module")
 def results() -> Any:
-    return claims.Results()
+    return measured.Results()
 
 
 def test_the_page_is_what_the_results_say(results: Any) -> None:
@@ -34,24 +35,24 @@ def test_the_page_is_what_the_results_say(results: Any) -> None:
 
 
 def test_every_arm_has_a_world_of_its_own_for_each_of_five_seeds(results: Any) -> None:
-    assert sorted(results.before) == [1, 2, 3, 4, 5]
-    assert len({tuple(of.values()) for of in results.before.values()}) == 5
+    assert {seed for _, seed in results.before} == {1, 2, 3, 4, 5}
+    assert len({tuple(of.values()) for (recipe, _), of in results.before.items() if recipe == "singles"}) == 5
     cells: dict[tuple[str, str, float | None], list[int]] = {}
     for run in results.runs:
         cells.setdefault((run.recipe, run.arm, run.rate), []).append(run.seed)
     assert all(sorted(seeds) == [1, 2, 3, 4, 5] for seeds in cells.values())
-    assert {recipe for recipe, _, _ in cells} == set(claims.RECIPES)
+    assert {recipe for recipe, _, _ in cells} == set(measured.RECIPES)
 
 
 def test_intervals_are_students(results: Any) -> None:
     values = [run.target for run in results.of("singles", "bnf", 1e-4)]
     half = T_OF_FIVE * statistics.stdev(values) / math.sqrt(5)
-    found = claims.mean(values)
+    found = measured.mean(values)
     assert found.value == pytest.approx(statistics.fmean(values))
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), rel=1e-3)
     a, b = results.of("singles", "bnf_one_sided", 3e-4), results.of("singles", "bnf", 3e-4)
     apart = [x.target - y.target for x in a for y in b if x.seed == y.seed]
-    assert claims.difference(a, b, lambda run: run.target).value == pytest.approx(statistics.fmean(apart))
+    assert measured.difference(a, b, lambda run: run.target).value == pytest.approx(statistics.fmean(apart))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_intervals_are_students(results: Any) -> None:
     [([0.1, 0.11, 0.12], "more"), ([-0.1, -0.11, -0.12], "less"), ([0.1, -0.1, 0.0], "undecided"), ([0.1], "undecided")],
 )
 def test_a_difference_is_decided_where_its_interval_leaves_out_zero(values: list[float], verdict: str) -> None:
-    assert claims.mean(values).verdict == verdict
+    assert measured.mean(values).verdict == verdict
 
 
 def test_results_are_taken_from_what_compare_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +74,8 @@ def test_results_are_taken_from_what_compare_leaves(tmp_path: Path, monkeypatch:
     ]
     (tmp_path / "runs" / "singles").mkdir(parents=True)
     (tmp_path / "runs" / "singles" / "compare.json").write_text(json.dumps({"runs": runs}))
-    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
-    claims.collect(tmp_path / "runs")
+    monkeypatch.setattr(measured, "RESULTS", tmp_path / "results")
+    measured.collect(tmp_path / "runs")
     assert json.loads((tmp_path / "results" / "singles.json").read_text()) == {
         "before": {"1": {"target": 0.4, "others": 0.9}},
         "runs": [

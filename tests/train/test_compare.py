@@ -109,7 +109,7 @@ def test_arms_side_by_side_are_those_in_turn_and_seeds_have_their_own_files(
     for seed in (0, 1):
         write_rows(PAIRS[seed:]).rename(tmp_path / f"rows{seed}.jsonl")
     given = [*flags(model_folder, tmp_path / "rows{seed}.jsonl", tmp_path / "out")[1:], "--probe=none", "--responses=0"]
-    arms = ["--arms", "bnf", "dpo learning_rate=1e38", "simpo", "--seeds", "0", "1"]
+    arms = ["--arms", "dpo learning_rate=1e38", "bnf", "simpo", "--seeds", "0", "1"]
     results = {}
     for jobs in (1, 3):
         output = tmp_path / f"out{jobs}"
@@ -117,11 +117,13 @@ def test_arms_side_by_side_are_those_in_turn_and_seeds_have_their_own_files(
             compare([*arms, *given, f"--output_dir={output}", f"--jobs={jobs}"])
         runs = json.loads((output / "compare.json").read_text())["runs"]
         assert [(of["name"].split()[0], of["seed"]) for of in runs] == [
-            (name, seed) for seed in (0, 1) for name in ("bnf", "dpo", "simpo")
+            (name, seed) for seed in (0, 1) for name in ("dpo", "bnf", "simpo")
         ]
         finished = [of for of in runs if "failed" not in of]
         results[jobs] = [(of["curve"][-1]["eval_loss"], of["losses"]) for of in finished]
-        assert [of["seed"] for of in finished if of["curve"][0]["step"] == 0] == [0, 1]
+        assert {of["seed"] for of in finished if of["curve"][0]["step"] == 0} == {0, 1}
+        start = json.loads((output / "compare.json").read_text())["arms"][START]
+        assert start[next(iter(columns()))]["runs"] == 2
         assert not any("probe_perplexity" in point for of in finished for point in of["curve"])
         assert not (output / "tradeoff.png").exists()
         assert all(f"--dataset={tmp_path}/rows{of['seed']}.jsonl" in of["arguments"] for of in runs)
