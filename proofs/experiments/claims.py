@@ -153,8 +153,8 @@ def sensitivity(results: Results) -> Claim:
         for method in ("dpo", "simpo", "ipo", "kto")
     }
     sentence = (
-        f"Over learning rates from {rates[0]:g} to {rates[-1]:g}, and for the others over hyper-parameters as well, the share of the "
-        "other cells that score within 5 points of the best one: BNF's less "
+        f"Over learning rates from {rates[0]:g} to {rates[-1]:g}, and for the others over hyper-parameters as well, the "
+        "share of the other cells that score within 5 points of the best one: BNF's less "
         + "; ".join(f"{method}'s {d.points}" for method, d in ahead.items())
         + ". BNF has fewer cells to try; its learning rate matters as much as theirs."
     )
@@ -257,10 +257,10 @@ def squeezing(results: Results) -> Claim:
     verdict = verdict_of(both.values())
     points = {name: (both[name].points, worse[name].points) for name in both}
     sentence = (
-        "BNF starts with w = 1 on a wrong token however unlikely it is, unlikelihood near 0. At the better of the two rates BNF's "
-        f"score less unlikelihood's is {points['foreign'][0]} with another model's wrong answers and {points['unrelated'][0]} with "
-        f"those of another prompt. One-sided BNF with another model's wrong answers less with its own: {points['foreign'][1]}; "
-        f"with those of another prompt: {points['unrelated'][1]}."
+        "BNF starts with w = 1 on a wrong token however unlikely it is, unlikelihood near 0. At the better of two rates BNF's "
+        f"score less unlikelihood's is {points['foreign'][0]} with another model's wrong answers, and "
+        f"{points['unrelated'][0]} with those of another prompt. One-sided BNF with another model's wrong answers less with "
+        f"its own: {points['foreign'][1]}; with those of another prompt: {points['unrelated'][1]}."
     )
     head = ["objective", "wrong answers", *(f"lr {rate:g}" for rate in rates)]
     return Claim("h", "Pushing down unlikely answers does no harm", verdict, sentence, [table(head, rows)])
