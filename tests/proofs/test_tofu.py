@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -23,7 +24,7 @@ import run as command  # type: ignore[import-not-found]  # noqa: E402
 import tofu_data  # type: ignore[import-not-found]  # noqa: E402
 import tofu_metrics  # type: ignore[import-not-found]  # noqa: E402
 from tofu_evaluate import Evaluation  # type: ignore[import-not-found]  # noqa: E402
-from tofu_stages import Experiment  # type: ignore[import-not-found]  # noqa: E402
+from tofu_stages import SETS, Experiment, Settings  # type: ignore[import-not-found]  # noqa: E402
 
 from bnf_train.errors import UsageError  # noqa: E402
 
@@ -274,6 +275,10 @@ def test_arms_in_several_processes_are_the_same(model: Path, tmp_path: Path, mon
         (["--methods", "bnf", "dpo"], "--methods dpo: compares the two sides of a pair"),
         (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
         (["--eval_row", "3"], "--eval_row: no such flag"),
+        (["--learning_rate", "1e-4"], "--learning_rate: the experiment sets it; pass --learning_rates for the arms"),
+        (["--max-steps=2"], "--max_steps: all methods take as many steps; pass --epochs"),
+        (["--batch_size", "16"], "--batch_size: the experiment sets it; pass --rows_per_step"),
+        (["--dataset", "rows.jsonl"], "--dataset: rows are TOFU's; pass --data"),
     ],
 )
 def test_bad_flags_are_one_sentence(
@@ -284,6 +289,37 @@ def test_bad_flags_are_one_sentence(
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "tofu").exists()
+
+
+def test_a_config_file_says_nothing_that_the_experiment_sets(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flags.yaml").write_text("weight_decay: 0.1\nuse-peft: true\n")
+    assert command.main(flags(model, tmp_path / "tofu", "--config", str(tmp_path / "flags.yaml"))) == 2
+    assert "flags.yaml, use_peft: what is memorised would be an adapter" in capsys.readouterr().err
+
+
+def test_every_flag_that_the_experiment_sets_is_refused(
+    tofu: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or changes speed alone."""
+    parsed: list[str] = []
+
+    def parse(arguments: list[str]) -> Any:
+        parsed.extend(arguments)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("tofu_stages.parse", parse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # where one flag more is set
+    settings = Settings(str(model), "3 authors", 1.0, 1e-3, 8, 1.0, 4, 2, 512, 2)
+    with pytest.raises(UsageError, match="enough"):
+        Experiment(tmp_path, tofu, settings, Console())
+    named = {argument[2:] for argument in parsed if argument.startswith("--")}
+    assert {"model", "seed", "objective", "num_train_epochs", "save_strategy"} <= named
+    assert named - {"no_packing", "no_share_prompts"} <= SETS.keys()
+    for name in SETS.keys() - {"model", "output_dir", "max_length"}:  # this command's own
+        with pytest.raises(UsageError, match=f"--{name}: "):
+            command.read_options([*flags(model, tmp_path), f"--{name}", "1"])
 
 
 def test_examples_in_docstrings() -> None:

@@ -31,6 +31,26 @@ from bnf_train.run import run
 
 MEMORISED, NEVER_SAW = "memorised", "never_saw"
 ON_GPU = ("--no_packing",)  # of short rows: one padded product is faster than a call of the attention for each
+_ROWS = "the experiment sets it; pass --rows_per_step or --learn_rows (--tokens_per_pass takes less memory)"
+_HERE = "the experiment sets it; pass it as a flag of this command"
+_LEAVE_OUT = "the experiment sets it for every training; leave it out"
+_ADAPTER = "what is memorised would be an adapter, from which no arm can start; leave it out"
+# flags of bnf_train that would undo what the experiment sets, and what to do; --packing and --share_prompts change speed alone
+SETS = {
+    "model": _HERE, "output_dir": _HERE, "max_length": _HERE,
+    "learning_rate": "the experiment sets it; pass --learning_rates for the arms, --learn_rate for what is memorised",
+    "num_train_epochs": "the experiment sets it; pass --epochs for the arms, --learn_epochs for what is memorised",
+    "max_steps": "all methods take as many steps; pass --epochs for the arms, --learn_epochs for what is memorised",
+    "batch_size": _ROWS, "per_device_train_batch_size": _ROWS, "gradient_accumulation_steps": _ROWS,
+    "seed": "the experiment sets it; pass --seeds",
+    "objective": "the experiment sets it; pass --methods",
+    "dataset": "rows are TOFU's; pass --data or --authors",
+    "ref_model": "the reference is the model that has memorised; leave it out",
+    "use_peft": _ADAPTER, "load_in_4bit": _ADAPTER,
+    "train_sampling_strategy": _LEAVE_OUT, "resume_from_checkpoint": _LEAVE_OUT, "eval_size": _LEAVE_OUT,
+    "reference_cache": _LEAVE_OUT, "save_strategy": _LEAVE_OUT, "report_to": _LEAVE_OUT, "show_examples": _LEAVE_OUT,
+    "logging_strategy": _LEAVE_OUT, "disable_tqdm": _LEAVE_OUT,
+}  # fmt: skip
 # methods that are no objective's name: the objective, and whether they see rows to forget alone
 SPECIAL = {"gradient_ascent": ("log_likelihood", True), "gradient_difference": ("log_likelihood", False)}
 
