@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import run as command  # type: ignore[import-not-found]  # noqa: E402
 import tofu_data  # type: ignore[import-not-found]  # noqa: E402
 import tofu_metrics  # type: ignore[import-not-found]  # noqa: E402
 from tofu_evaluate import Evaluation  # type: ignore[import-not-found]  # noqa: E402
-from tofu_stages import SETS, Experiment, Settings  # type: ignore[import-not-found]  # noqa: E402
+from tofu_stages import SETS, Arm, Experiment, Settings  # type: ignore[import-not-found]  # noqa: E402
 
 from bnf_train.errors import UsageError  # noqa: E402
 
@@ -110,6 +111,26 @@ def test_all_of_tofu_is_read_from_a_folder(tofu: Any, tmp_path: Path) -> None:
     assert (whole.forget, whole.retain, whole.utility["retain"]) == (tofu.forget, tofu.retain, tofu.retain)
     with pytest.raises(UsageError, match="forget10_perturbed"):
         tofu_data.complete(str(tmp_path))
+
+
+def test_rows_are_written_whole_or_not_at_all(tofu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tofu_data.write(tmp_path / "rows.jsonl", tofu.forget)
+    before, write_text, written = path.read_text(), Path.write_text, []
+
+    def stopped(self: Path, text: str, **more: Any) -> int:
+        written.append(self)
+        write_text(self, text[:100], **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stopped)
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        with pytest.raises(KeyboardInterrupt):
+            tofu_data.write(path, tofu.retain)
+        assert path.read_text() == before
+    assert len(set(written)) == 2  # two processes never write the same file
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert tofu_data.read_rows(str(tofu_data.write(path, tofu.retain))) == tofu.retain
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------------
@@ -235,6 +256,41 @@ def test_a_stopped_experiment_goes_on(
 
     assert command.main(flags(model, output, "--learn_rate", "1e-3")) == 2
     assert "begun with learn_rate 0.0003 in place of 0.001" in capsys.readouterr().err
+    now = json.loads((output / "settings.json").read_text())
+    for name, other in (("device", "cuda"), ("bf16", not now["bf16"])):  # all models of a folder are measured alike
+        (output / "settings.json").write_text(json.dumps(now | {name: other}))
+        assert command.main(flags(model, output)) == 2
+        assert f"begun with {name} {other} in place of {now[name]}" in capsys.readouterr().err
+
+
+def test_a_model_that_was_being_saved_is_learned_anew(
+    tofu: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has deleted its weights; an arm is added, and the command is killed while it saves them again."""
+    settings = Settings(str(model), "3 authors", 1.0, 1e-3, 8, 1.0, 4, 2, 512, 2)
+    experiment = Experiment(tmp_path, tofu, settings, Console(quiet=True))
+    weights = tmp_path / "memorised" / "model.safetensors"
+    (tmp_path / "stages").mkdir()
+    for name in ("memorised-training", "memorised", "never_saw-training", "never_saw"):
+        (tmp_path / "stages" / f"{name}.json").write_text("{}")
+    trained: list[str] = []
+
+    def train(self: Experiment, name: str, rows: Any) -> dict[str, Any]:
+        trained.append(name)
+        weights.parent.mkdir(exist_ok=True)
+        weights.write_text("half")
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(Experiment, "_train", train)
+    arms = [Arm("bnf", 1e-3, 0)]
+    with pytest.raises(KeyboardInterrupt):
+        experiment.learn(arms)
+    experiment.learn(arms)
+    assert trained == ["memorised", "memorised"]
+    experiment.learn(arms)
+    assert len(trained) == 2
 
 
 def test_arms_in_several_processes_are_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

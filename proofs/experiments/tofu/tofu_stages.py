@@ -1,6 +1,6 @@
 """The stages: two models that learn, the arms that unlearn, and what is measured of each. Finished ones are not done again.
 
-OUTPUT/settings.json               what all stages share; another command cannot go on with it
+OUTPUT/settings.json               what all stages share, device and bf16 too; another command cannot go on with it
 OUTPUT/memorised/, never_saw/      the two models that learn; the second only until it is measured
 OUTPUT/stages/NAME.json            of a finished stage; written to another name first, then renamed
 """
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -132,7 +132,12 @@ class Experiment:
                     f"--methods {arm.method}: compares the two sides of a pair, and these rows are single responses."
                 )
         assert self.evaluation.asked
-        _take_up(self.output, self.settings)
+        _take_up(self.output, vars(self.settings) | self.measured_on)
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What decides how numbers are rounded: the same for all models of a folder."""
+        return {"device": self.config.device.type, "bf16": bool(self.config.bf16)}
 
     def learn(self, arms: Sequence[Arm] = ()) -> None:
         """The model that knows everything, from which the arms start, and the one that never saw the rows to forget."""
@@ -198,6 +203,7 @@ class Experiment:
         started = time.perf_counter()
         path = self.output / "stages" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # a stage that is stopped half-way has not finished, though it once had
         with path.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log):  # what a run says of itself
             result = work()
         result["seconds"] = round(time.perf_counter() - started, 2)
@@ -277,9 +283,9 @@ def _unlearn_share(output: Path, tofu: Tofu, settings: Settings, arms: Sequence[
             experiment.unlearn(arm)
 
 
-def _take_up(output: Path, settings: Settings) -> None:
+def _take_up(output: Path, settings: Mapping[str, Any]) -> None:
     """Notes the settings in a new folder, or finds the same in one to go on with."""
-    path, now = output / "settings.json", json.loads(json.dumps(vars(settings)))
+    path, now = output / "settings.json", json.loads(json.dumps(settings))
     if not path.is_file():
         cli.check_new_folder(output, ", or that of an experiment to go on with")
         output.mkdir(parents=True, exist_ok=True)
