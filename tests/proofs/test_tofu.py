@@ -4,11 +4,17 @@ import doctest
 import json
 import math
 import os
+import shutil
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import children
 import huggingface_hub
+import psutil
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -293,32 +299,45 @@ def test_a_model_that_was_being_saved_is_learned_anew(
     assert len(trained) == 2
 
 
-def test_arms_in_several_processes_are_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of the arms, run here one behind the other."""
-    shares: list[Any] = []
+KILLED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[2])
+import run, tofu_stages
 
-    class Pool:
-        def __init__(self, workers: int, mp_context: Any) -> None:
-            self.workers = workers
+class Pool(tofu_stages.ProcessPoolExecutor):
+    def __exit__(self, *error):
+        (pathlib.Path(sys.argv[1]) / "workers").write_text(" ".join(map(str, self._processes)))
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        def __enter__(self) -> "Pool":
-            return self
+if __name__ == "__main__":
+    tofu_stages.ProcessPoolExecutor = Pool
+    run.main(sys.argv[3:])
+"""
 
-        def __exit__(self, *_: Any) -> None:
-            assert len(shares) == self.workers
 
-        def submit(self, work: Any, *arguments: Any) -> Any:
-            shares.append(arguments[-1])
-            work(*arguments)
-            return self
-
-        def result(self) -> None:
-            pass
-
-    monkeypatch.setattr("tofu_stages.ProcessPoolExecutor", Pool)
-    assert command.main(flags(model, tmp_path / "tofu", "--workers", "2")) == 0
-    assert [[arm.method for arm in share] for share in shares] == [["gradient_ascent"], ["bnf"]]
-    assert len(json.loads((tmp_path / "tofu" / "results.json").read_text())["runs"]) == 2
+def test_arms_in_several_processes_are_the_same_and_no_process_is_left(model: Path, tmp_path: Path) -> None:
+    """Two workers, and a command that is killed when both have done their share, beside one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command.main(flags(model, one)) == 0
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns("*lr0.001*", "results*", "*.png", "rows"))
+    (tmp_path / "killed.py").write_text(KILLED)
+    program = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path), str(TOFU), *flags(model, two, "--workers", "2")]
+    environment = os.environ | {"PYTHONPATH": children.PYTHONPATH}
+    with (tmp_path / "log").open("w") as log:  # no pipe: its end would wait for the workers' end
+        code = subprocess.run(program, env=environment, stdout=log, stderr=log, timeout=children.HANGS).returncode
+    assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
+    workers = [int(number) for number in (tmp_path / "workers").read_text().split()]
+    assert len(workers) == 2
+    try:
+        _, alive = psutil.wait_procs([psutil.Process(number) for number in workers if psutil.pid_exists(number)], timeout=30)
+        assert not alive
+    finally:
+        for number in workers:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+    for arm in ("gradient_ascent-lr0.001-seed0", "bnf-lr0.001-seed0"):
+        found = [json.loads((output / "stages" / f"{arm}.json").read_text()) for output in (one, two)]
+        assert found[0] | {"seconds": None} == found[1] | {"seconds": None}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError, is_out_of_memory, one_line
 from bnf_train.flags import parse
 from bnf_train.model.load import load_tokenizer
+from bnf_train.processes import end_with_parent
 from bnf_train.run import run
 
 MEMORISED, NEVER_SAW = "memorised", "never_saw"
@@ -166,7 +167,8 @@ class Experiment:
             for arm in left:
                 self.unlearn(arm)
             return
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
             shares = [left[place::workers] for place in range(workers)]
             for share in [pool.submit(_unlearn_share, self.output, self.tofu, self.settings, share) for share in shares]:
                 share.result()
@@ -275,12 +277,10 @@ class Experiment:
 
 
 def _unlearn_share(output: Path, tofu: Tofu, settings: Settings, arms: Sequence[Arm]) -> None:
-    """In a process of its own, which ends with the arm at work where the one that started it was killed."""
-    parent = os.getppid()
+    """In a process of its own, which ends with the one that started it."""
     experiment = Experiment(output, tofu, settings, Console(soft_wrap=True, highlight=False))
     for arm in arms:
-        if os.getppid() == parent:
-            experiment.unlearn(arm)
+        experiment.unlearn(arm)
 
 
 def _take_up(output: Path, settings: Mapping[str, Any]) -> None:
