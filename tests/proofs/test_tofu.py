@@ -30,6 +30,7 @@ sys.path.insert(0, str(TOFU))
 import run as command  # type: ignore[import-not-found]  # noqa: E402
 import tofu_data  # type: ignore[import-not-found]  # noqa: E402
 import tofu_metrics  # type: ignore[import-not-found]  # noqa: E402
+import tofu_report  # type: ignore[import-not-found]  # noqa: E402
 from tofu_evaluate import Evaluation  # type: ignore[import-not-found]  # noqa: E402
 from tofu_stages import SETS, Arm, Experiment, Settings  # type: ignore[import-not-found]  # noqa: E402
 
@@ -395,6 +396,13 @@ def test_every_flag_that_the_experiment_sets_is_refused(
     for name in SETS.keys() - {"model", "output_dir", "max_length"}:  # this command's own
         with pytest.raises(UsageError, match=f"--{name}: "):
             command.read_options([*flags(model, tmp_path), f"--{name}", "1"])
+
+
+def test_the_readme_shows_the_results() -> None:
+    results = json.loads((TOFU / "results" / "results.json").read_text())
+    assert tofu_report.means(results["runs"]) == results["means"]
+    table = tofu_report.markdown(results["models"], results["means"])
+    assert f"\n\n{table}\n" in (TOFU / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_in_docstrings() -> None:
