@@ -73,7 +73,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],
     "proofs/experiments": ["checks", "demo"],
-    "proofs/experiments/tofu": ["cli", "config", "data", "errors", "flags", "model", "objectives", "run"],
+    "proofs/experiments/tofu": ["cli", "config", "data", "errors", "flags", "model", "objectives", "processes", "run"],
 }
 COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, never imported
 JOINS = ("__init__", "benchmark", "benchmark_peers", "roofline", "fused", "constraints")  # of bnf_core: they join its rooms

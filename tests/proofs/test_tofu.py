@@ -3,14 +3,22 @@
 import doctest
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import children
 import huggingface_hub
+import psutil
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,8 +30,9 @@ sys.path.insert(0, str(TOFU))
 import run as command  # type: ignore[import-not-found]  # noqa: E402
 import tofu_data  # type: ignore[import-not-found]  # noqa: E402
 import tofu_metrics  # type: ignore[import-not-found]  # noqa: E402
+import tofu_report  # type: ignore[import-not-found]  # noqa: E402
 from tofu_evaluate import Evaluation  # type: ignore[import-not-found]  # noqa: E402
-from tofu_stages import Experiment  # type: ignore[import-not-found]  # noqa: E402
+from tofu_stages import SETS, Arm, Experiment, Settings  # type: ignore[import-not-found]  # noqa: E402
 
 from bnf_train.errors import UsageError  # noqa: E402
 
@@ -109,6 +118,26 @@ def test_all_of_tofu_is_read_from_a_folder(tofu: Any, tmp_path: Path) -> None:
     assert (whole.forget, whole.retain, whole.utility["retain"]) == (tofu.forget, tofu.retain, tofu.retain)
     with pytest.raises(UsageError, match="forget10_perturbed"):
         tofu_data.complete(str(tmp_path))
+
+
+def test_rows_are_written_whole_or_not_at_all(tofu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tofu_data.write(tmp_path / "rows.jsonl", tofu.forget)
+    before, write_text, written = path.read_text(), Path.write_text, []
+
+    def stopped(self: Path, text: str, **more: Any) -> int:
+        written.append(self)
+        write_text(self, text[:100], **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stopped)
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        with pytest.raises(KeyboardInterrupt):
+            tofu_data.write(path, tofu.retain)
+        assert path.read_text() == before
+    assert len(set(written)) == 2  # two processes never write the same file
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert tofu_data.read_rows(str(tofu_data.write(path, tofu.retain))) == tofu.retain
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------------
@@ -234,34 +263,82 @@ def test_a_stopped_experiment_goes_on(
 
     assert command.main(flags(model, output, "--learn_rate", "1e-3")) == 2
     assert "begun with learn_rate 0.0003 in place of 0.001" in capsys.readouterr().err
+    now = json.loads((output / "settings.json").read_text())
+    for name, other in (("device", "cuda"), ("bf16", not now["bf16"])):  # all models of a folder are measured alike
+        (output / "settings.json").write_text(json.dumps(now | {name: other}))
+        assert command.main(flags(model, output)) == 2
+        assert f"begun with {name} {other} in place of {now[name]}" in capsys.readouterr().err
 
 
-def test_arms_in_several_processes_are_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of the arms, run here one behind the other."""
-    shares: list[Any] = []
+def test_a_model_that_was_being_saved_is_learned_anew(
+    tofu: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has deleted its weights; an arm is added, and the command is killed while it saves them again."""
+    settings = Settings(str(model), "3 authors", 1.0, 1e-3, 8, 1.0, 4, 2, 512, 2)
+    experiment = Experiment(tmp_path, tofu, settings, Console(quiet=True))
+    weights = tmp_path / "memorised" / "model.safetensors"
+    (tmp_path / "stages").mkdir()
+    for name in ("memorised-training", "memorised", "never_saw-training", "never_saw"):
+        (tmp_path / "stages" / f"{name}.json").write_text("{}")
+    trained: list[str] = []
 
-    class Pool:
-        def __init__(self, workers: int, mp_context: Any) -> None:
-            self.workers = workers
+    def train(self: Experiment, name: str, rows: Any) -> dict[str, Any]:
+        trained.append(name)
+        weights.parent.mkdir(exist_ok=True)
+        weights.write_text("half")
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        return {}
 
-        def __enter__(self) -> "Pool":
-            return self
+    monkeypatch.setattr(Experiment, "_train", train)
+    arms = [Arm("bnf", 1e-3, 0)]
+    with pytest.raises(KeyboardInterrupt):
+        experiment.learn(arms)
+    experiment.learn(arms)
+    assert trained == ["memorised", "memorised"]
+    experiment.learn(arms)
+    assert len(trained) == 2
 
-        def __exit__(self, *_: Any) -> None:
-            assert len(shares) == self.workers
 
-        def submit(self, work: Any, *arguments: Any) -> Any:
-            shares.append(arguments[-1])
-            work(*arguments)
-            return self
+KILLED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[2])
+import run, tofu_stages
 
-        def result(self) -> None:
-            pass
+class Pool(tofu_stages.ProcessPoolExecutor):
+    def __exit__(self, *error):
+        (pathlib.Path(sys.argv[1]) / "workers").write_text(" ".join(map(str, self._processes)))
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("tofu_stages.ProcessPoolExecutor", Pool)
-    assert command.main(flags(model, tmp_path / "tofu", "--workers", "2")) == 0
-    assert [[arm.method for arm in share] for share in shares] == [["gradient_ascent"], ["bnf"]]
-    assert len(json.loads((tmp_path / "tofu" / "results.json").read_text())["runs"]) == 2
+if __name__ == "__main__":
+    tofu_stages.ProcessPoolExecutor = Pool
+    run.main(sys.argv[3:])
+"""
+
+
+def test_arms_in_several_processes_are_the_same_and_no_process_is_left(model: Path, tmp_path: Path) -> None:
+    """Two workers, and a command that is killed when both have done their share, beside one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command.main(flags(model, one)) == 0
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns("*lr0.001*", "results*", "*.png", "rows"))
+    (tmp_path / "killed.py").write_text(KILLED)
+    program = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path), str(TOFU), *flags(model, two, "--workers", "2")]
+    environment = os.environ | {"PYTHONPATH": children.PYTHONPATH}
+    with (tmp_path / "log").open("w") as log:  # no pipe: its end would wait for the workers' end
+        code = subprocess.run(program, env=environment, stdout=log, stderr=log, timeout=children.HANGS).returncode
+    assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
+    workers = [int(number) for number in (tmp_path / "workers").read_text().split()]
+    assert len(workers) == 2
+    try:
+        _, alive = psutil.wait_procs([psutil.Process(number) for number in workers if psutil.pid_exists(number)], timeout=30)
+        assert not alive
+    finally:
+        for number in workers:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+    for arm in ("gradient_ascent-lr0.001-seed0", "bnf-lr0.001-seed0"):
+        found = [json.loads((output / "stages" / f"{arm}.json").read_text()) for output in (one, two)]
+        assert found[0] | {"seconds": None} == found[1] | {"seconds": None}
 
 
 @pytest.mark.parametrize(
@@ -274,6 +351,10 @@ def test_arms_in_several_processes_are_the_same(model: Path, tmp_path: Path, mon
         (["--methods", "bnf", "dpo"], "--methods dpo: compares the two sides of a pair"),
         (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
         (["--eval_row", "3"], "--eval_row: no such flag"),
+        (["--learning_rate", "1e-4"], "--learning_rate: the experiment sets it; pass --learning_rates for the arms"),
+        (["--max-steps=2"], "--max_steps: all methods take as many steps; pass --epochs"),
+        (["--batch_size", "16"], "--batch_size: the experiment sets it; pass --rows_per_step"),
+        (["--dataset", "rows.jsonl"], "--dataset: rows are TOFU's; pass --data"),
     ],
 )
 def test_bad_flags_are_one_sentence(
@@ -284,6 +365,44 @@ def test_bad_flags_are_one_sentence(
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "tofu").exists()
+
+
+def test_a_config_file_says_nothing_that_the_experiment_sets(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flags.yaml").write_text("weight_decay: 0.1\nuse-peft: true\n")
+    assert command.main(flags(model, tmp_path / "tofu", "--config", str(tmp_path / "flags.yaml"))) == 2
+    assert "flags.yaml, use_peft: what is memorised would be an adapter" in capsys.readouterr().err
+
+
+def test_every_flag_that_the_experiment_sets_is_refused(
+    tofu: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or changes speed alone."""
+    parsed: list[str] = []
+
+    def parse(arguments: list[str]) -> Any:
+        parsed.extend(arguments)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("tofu_stages.parse", parse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # where one flag more is set
+    settings = Settings(str(model), "3 authors", 1.0, 1e-3, 8, 1.0, 4, 2, 512, 2)
+    with pytest.raises(UsageError, match="enough"):
+        Experiment(tmp_path, tofu, settings, Console())
+    named = {argument[2:] for argument in parsed if argument.startswith("--")}
+    assert {"model", "seed", "objective", "num_train_epochs", "save_strategy"} <= named
+    assert named - {"no_packing", "no_share_prompts"} <= SETS.keys()
+    for name in SETS.keys() - {"model", "output_dir", "max_length"}:  # this command's own
+        with pytest.raises(UsageError, match=f"--{name}: "):
+            command.read_options([*flags(model, tmp_path), f"--{name}", "1"])
+
+
+def test_the_readme_shows_the_results() -> None:
+    results = json.loads((TOFU / "results" / "results.json").read_text())
+    assert tofu_report.means(results["runs"]) == results["means"]
+    table = tofu_report.markdown(results["models"], results["means"])
+    assert f"\n\n{table}\n" in (TOFU / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_in_docstrings() -> None:

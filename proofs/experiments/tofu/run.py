@@ -6,7 +6,8 @@
         --learn_rate 1e-5 --learn_rows 32 --rows_per_step 64 --learning_rates 5e-6 1e-5 --workers 1 --tokens_per_pass 4096
 
 Rows to forget are dispreferred, rows to retain preferred. Flags that are not listed here are those of python -m bnf_train, for
-every training. The same command goes on after an interruption, and takes up new methods, learning rates and seeds.
+every training; those that the experiment sets itself are refused. The same command goes on after an interruption, and takes up
+new methods, learning rates and seeds.
 """
 
 import argparse
@@ -23,15 +24,17 @@ from rich.markdown import Markdown
 from tofu_data import RETAINED, complete, embedded
 from tofu_metrics import forget_quality, rouge_recall
 from tofu_report import report
-from tofu_stages import Arm, Experiment, Settings
+from tofu_stages import SETS, Arm, Experiment, Settings
 
 from bnf_train import cli
 from bnf_train.errors import UsageError
+from bnf_train.flags import read_yaml
 
 METHODS = [
     *("gradient_ascent", "gradient_difference", "npo", "tnpo", "sim_npo", "unlikelihood", "wga", "bnf", "bnf_one_sided"),
 ]
-# what a flag is that is not given: on a GPU minutes in all, on two CPU cores about two hours, with --quick ten minutes
+# what a flag is that is not given: on a GPU minutes in all, on two CPU cores two to two and a half hours
+# (an estimate), with --quick ten minutes
 GPU: dict[str, Any] = {
     "authors": 20, "learn_epochs": 6.0, "epochs": 5.0, "learning_rates": [1e-5, 3e-5, 1e-4], "seeds": [0, 1], "eval_rows": 100,
     "methods": METHODS, "workers": 3,
@@ -138,8 +141,21 @@ def _check(options: dict[str, Any], given: dict[str, Any], flags: Sequence[str])
             raise UsageError(f"--{name}: expected more than 0, got {options[name]}.")
     if options["eval_rows"] < 0:
         raise UsageError(f"--eval_rows: expected a number of rows, or 0 for all, got {options['eval_rows']}.")
-    if any(cli.underscored(flag).partition("=")[0] == "--use_peft" for flag in flags):
-        raise UsageError("--use_peft: what is memorised would be an adapter, from which no arm can start; leave it out.")
+    _check_flags(flags)
+
+
+def _check_flags(flags: Sequence[str]) -> None:
+    """Raises UsageError for a flag of bnf_train, or a key of its --config file, that would undo what the experiment sets."""
+    names = [flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")]
+    given = {f"--{name}": name for name in names}
+    parser = cli.Parser(add_help=False)
+    parser.add_argument("--config")
+    path = parser.read_known(flags)[0].config
+    keys = (str(key).replace("-", "_") for key in (read_yaml(path) if path else ()))
+    given |= {f"--config {path}, {key}": key for key in keys}
+    for place, name in given.items():
+        if name in SETS:
+            raise UsageError(f"{place}: {SETS[name]}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """TOFU's rows: what is memorised, what is forgotten, what must stay; and the order in which unlearning sees them."""
 
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,11 +121,13 @@ def steps(tofu: Tofu, epochs: float, each: int) -> int:
 
 
 def write(path: Path, rows: Sequence[Row]) -> Path:
-    """JSON Lines; a file that says the same is left alone, because others may be reading it."""
+    """JSON Lines, all or nothing: other processes may read, or write, the same file. One that says the same is left alone."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     return path
 
 

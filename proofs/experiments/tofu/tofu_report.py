@@ -45,8 +45,7 @@ def report(experiment: Experiment, arms: Sequence[Arm]) -> str:
     models = {MEMORISED: measured(memorised), NEVER_SAW: measured(never_saw)}
     results = {
         "settings": json.loads(json.dumps(vars(experiment.settings))),
-        "device": experiment.config.device.type,
-        "bf16": bool(experiment.config.bf16),
+        **experiment.measured_on,
         "models": models,
         "runs": runs,
         "means": means(runs),

@@ -1,6 +1,6 @@
 """The stages: two models that learn, the arms that unlearn, and what is measured of each. Finished ones are not done again.
 
-OUTPUT/settings.json               what all stages share; another command cannot go on with it
+OUTPUT/settings.json               what all stages share, device and bf16 too; another command cannot go on with it
 OUTPUT/memorised/, never_saw/      the two models that learn; the second only until it is measured
 OUTPUT/stages/NAME.json            of a finished stage; written to another name first, then renamed
 """
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -27,10 +27,31 @@ from bnf_train.config import BNFConfig
 from bnf_train.errors import UsageError, is_out_of_memory, one_line
 from bnf_train.flags import parse
 from bnf_train.model.load import load_tokenizer
+from bnf_train.processes import end_with_parent
 from bnf_train.run import run
 
 MEMORISED, NEVER_SAW = "memorised", "never_saw"
 ON_GPU = ("--no_packing",)  # of short rows: one padded product is faster than a call of the attention for each
+_ROWS = "the experiment sets it; pass --rows_per_step or --learn_rows (--tokens_per_pass takes less memory)"
+_HERE = "the experiment sets it; pass it as a flag of this command"
+_LEAVE_OUT = "the experiment sets it for every training; leave it out"
+_ADAPTER = "what is memorised would be an adapter, from which no arm can start; leave it out"
+# flags of bnf_train that would undo what the experiment sets, and what to do; --packing and --share_prompts change speed alone
+SETS = {
+    "model": _HERE, "output_dir": _HERE, "max_length": _HERE,
+    "learning_rate": "the experiment sets it; pass --learning_rates for the arms, --learn_rate for what is memorised",
+    "num_train_epochs": "the experiment sets it; pass --epochs for the arms, --learn_epochs for what is memorised",
+    "max_steps": "all methods take as many steps; pass --epochs for the arms, --learn_epochs for what is memorised",
+    "batch_size": _ROWS, "per_device_train_batch_size": _ROWS, "gradient_accumulation_steps": _ROWS,
+    "seed": "the experiment sets it; pass --seeds",
+    "objective": "the experiment sets it; pass --methods",
+    "dataset": "rows are TOFU's; pass --data or --authors",
+    "ref_model": "the reference is the model that has memorised; leave it out",
+    "use_peft": _ADAPTER, "load_in_4bit": _ADAPTER,
+    "train_sampling_strategy": _LEAVE_OUT, "resume_from_checkpoint": _LEAVE_OUT, "eval_size": _LEAVE_OUT,
+    "reference_cache": _LEAVE_OUT, "save_strategy": _LEAVE_OUT, "report_to": _LEAVE_OUT, "show_examples": _LEAVE_OUT,
+    "logging_strategy": _LEAVE_OUT, "disable_tqdm": _LEAVE_OUT,
+}  # fmt: skip
 # methods that are no objective's name: the objective, and whether they see rows to forget alone
 SPECIAL = {"gradient_ascent": ("log_likelihood", True), "gradient_difference": ("log_likelihood", False)}
 
@@ -112,7 +133,12 @@ class Experiment:
                     f"--methods {arm.method}: compares the two sides of a pair, and these rows are single responses."
                 )
         assert self.evaluation.asked
-        _take_up(self.output, self.settings)
+        _take_up(self.output, vars(self.settings) | self.measured_on)
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What decides how numbers are rounded: the same for all models of a folder."""
+        return {"device": self.config.device.type, "bf16": bool(self.config.bf16)}
 
     def learn(self, arms: Sequence[Arm] = ()) -> None:
         """The model that knows everything, from which the arms start, and the one that never saw the rows to forget."""
@@ -141,7 +167,8 @@ class Experiment:
             for arm in left:
                 self.unlearn(arm)
             return
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
             shares = [left[place::workers] for place in range(workers)]
             for share in [pool.submit(_unlearn_share, self.output, self.tofu, self.settings, share) for share in shares]:
                 share.result()
@@ -178,6 +205,7 @@ class Experiment:
         started = time.perf_counter()
         path = self.output / "stages" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # a stage that is stopped half-way has not finished, though it once had
         with path.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log):  # what a run says of itself
             result = work()
         result["seconds"] = round(time.perf_counter() - started, 2)
@@ -249,17 +277,15 @@ class Experiment:
 
 
 def _unlearn_share(output: Path, tofu: Tofu, settings: Settings, arms: Sequence[Arm]) -> None:
-    """In a process of its own, which ends with the arm at work where the one that started it was killed."""
-    parent = os.getppid()
+    """In a process of its own, which ends with the one that started it."""
     experiment = Experiment(output, tofu, settings, Console(soft_wrap=True, highlight=False))
     for arm in arms:
-        if os.getppid() == parent:
-            experiment.unlearn(arm)
+        experiment.unlearn(arm)
 
 
-def _take_up(output: Path, settings: Settings) -> None:
+def _take_up(output: Path, settings: Mapping[str, Any]) -> None:
     """Notes the settings in a new folder, or finds the same in one to go on with."""
-    path, now = output / "settings.json", json.loads(json.dumps(vars(settings)))
+    path, now = output / "settings.json", json.loads(json.dumps(settings))
     if not path.is_file():
         cli.check_new_folder(output, ", or that of an experiment to go on with")
         output.mkdir(parents=True, exist_ok=True)
