@@ -50,7 +50,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/report": ["checks", "config", "data", "demo", "model", "training"],
     "bnf_train/run": ["checks", "cli", "config", "data", "demo", "errors", "model", "objectives", "report", "training"],
     "bnf_train/__main__": ["cli", "flags", "options", "run"],
-    "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "run", "training"],
+    "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "processes", "run", "training"],
     "bnf_train/compare": ["checks", "cli", "config", "data", "errors", "flags", "model", "processes", "run", "training"],
     "bnf_train/analyze": ["checks", "cli", "data", "errors", "model"],
     "bnf_train/sample": ["checks", "cli", "data", "errors", "model"],

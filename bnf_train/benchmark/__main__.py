@@ -35,6 +35,7 @@ from typing import Any
 
 from bnf_train import cli
 from bnf_train.errors import UsageError
+from bnf_train.processes import end_with_parent
 
 
 def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -146,7 +147,8 @@ def _prefix(options: argparse.Namespace) -> dict[str, Any]:
 
 def _alone(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
     """In a process of its own, whose peak memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as process:
         return process.submit(function, *arguments).result()
 
 

@@ -316,6 +316,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # two processes, each with imports of its own
 def test_arms_in_several_processes_are_the_same_and_no_process_is_left(model: Path, tmp_path: Path) -> None:
     """Two workers, and a command that is killed when both have done their share, beside one process."""
     one, two = tmp_path / "one", tmp_path / "two"
