@@ -65,7 +65,7 @@ def bests(results: Results, recipes: Sequence[str]) -> str:
 
 # --- the claims --------------------------------------------------------------------------------------------------------------
 
-HOLDS, FAILS, OPEN = "Holds", "Does not hold", "Undecided"
+HOLDS, PARTLY, FAILS, OPEN = "Holds", "Holds in part", "Does not hold", "Undecided"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def collapse(results: Results) -> Claim:
     kept = [rate for rate in rates if left[rate] > results.start("others").value - 0.1]
     gone = [rate for rate in rates if rate not in kept]
     better = [rate for rate in rates if ahead[rate].low > 0]
-    verdict = HOLDS if kept and not gone else FAILS if not better else "Holds in part"
+    verdict = HOLDS if kept and not gone else FAILS if not better else PARTLY
     sentence = (
         f"Under AdamW BNF keeps the other tasks within 10 points of where they were up to a learning rate of {max(kept):g}, "
         f"and keeps more of them than the likelihood of both labels at {listed(better)}"
@@ -120,19 +120,23 @@ def frontier(results: Results) -> Claim:
 
 
 def supervised(results: Results) -> Claim:
-    """What wrong answers add: BNF beside the likelihood of right ones alone."""
+    """What wrong answers add: BNF, both-sided and one-sided, beside the likelihood of right ones alone."""
     ahead = {
-        recipe: difference(best(results, recipe, "bnf"), best(results, recipe, RIGHT_ONLY), results.score)
+        (arm, recipe): difference(best(results, recipe, arm), best(results, recipe, RIGHT_ONLY), results.score)
+        for arm in ("bnf", "bnf_one_sided")
         for recipe in ("singles", "singles_3_epochs")
     }
-    verdict = verdict_of(ahead.values())
     sentence = (
-        "Each at its own best learning rate, BNF's score less that of training on the right answers alone (RFT) is "
-        f"{ahead['singles'].points} after one epoch and {ahead['singles_3_epochs'].points} after three."
+        "Each at its own best learning rate, the score less that of training on the right answers alone (RFT) is "
+        + "; ".join(
+            f"of {'BNF' if arm == 'bnf' else 'one-sided BNF'} {ahead[arm, 'singles'].points} after one epoch and "
+            f"{ahead[arm, 'singles_3_epochs'].points} after three"
+            for arm in ("bnf", "bnf_one_sided")
+        )
+        + "."
     )
-    return Claim(
-        "b2", "Wrong answers add to right ones (the paper does not ask)", verdict, sentence, [grid(results, "singles")]
-    )
+    title = "Wrong answers add to right ones (the paper does not ask)"
+    return Claim("b2", title, verdict_of(ahead.values()), sentence, [grid(results, "singles")])
 
 
 def sensitivity(results: Results) -> Claim:
@@ -243,27 +247,25 @@ def squeezing(results: Results) -> Claim:
             ("of another prompt", "negatives", f"{objective} dataset=unrelated"),
         ):
             rows.append([named(objective), source, *(cell(results.of(recipe, arm, rate)) for rate in rates)])
-    own = best(results, "singles", "bnf_one_sided", rates)
-    worse = {
-        name: difference(best(results, "negatives", f"bnf_one_sided dataset={name}"), own, results.score)
-        for name in ("foreign", "unrelated")
-    }
-    both = {
-        name: difference(
-            best(results, "negatives", f"bnf dataset={name}"), best(results, "negatives", f"unlikelihood dataset={name}"),
-            results.score,
-        ) for name in ("foreign", "unrelated")
-    }  # fmt: skip
-    verdict = verdict_of(both.values())
-    points = {name: (both[name].points, worse[name].points) for name in both}
+
+    def found(objective: str, source: str) -> list[Run]:
+        return best(results, "negatives", f"{objective} dataset={source}", rates)
+
+    def beside_own(objective: str, source: str) -> Mean:
+        return difference(found(objective, source), best(results, "singles", objective, rates), results.score)
+
+    worse = {source: beside_own("bnf_one_sided", source) for source in ("foreign", "unrelated")}
+    harmed = [d.verdict == "less" for d in worse.values()]
+    verdict = FAILS if all(harmed) else PARTLY if any(harmed) else HOLDS
+    behind = difference(found("unlikelihood", "unrelated"), found("bnf", "unrelated"), results.score)
     sentence = (
-        "BNF starts with w = 1 on a wrong token however unlikely it is, unlikelihood near 0. At the better of two rates BNF's "
-        f"score less unlikelihood's is {points['foreign'][0]} with another model's wrong answers, and "
-        f"{points['unrelated'][0]} with those of another prompt. One-sided BNF with another model's wrong answers less with "
-        f"its own: {points['foreign'][1]}; with those of another prompt: {points['unrelated'][1]}."
+        "At the better of two rates, one-sided BNF's score with another model's wrong answers less with its own is "
+        f"{worse['foreign'].points}; with answers to another prompt, which it would never give, {worse['unrelated'].points}: "
+        "pushing down what is unlikely costs. Unlikelihood, whose w is near 0 there, scores "
+        f"{beside_own('unlikelihood', 'unrelated').points} with them against its own, and still {behind.points} against BNF."
     )
     head = ["objective", "wrong answers", *(f"lr {rate:g}" for rate in rates)]
-    return Claim("h", "Pushing down unlikely answers does no harm", verdict, sentence, [table(head, rows)])
+    return Claim("h", "Wrong answers may come from anywhere", verdict, sentence, [table(head, rows)])
 
 
 def verdict_of(differences: Iterable[Mean]) -> str:
@@ -272,7 +274,8 @@ def verdict_of(differences: Iterable[Mean]) -> str:
 
 
 def listed(rates: Sequence[float]) -> str:
-    return " and ".join(f"{rate:g}" for rate in rates) or "none"
+    *others, last = (f"{rate:g}" for rate in rates) if rates else ("none",)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 CLAIMS = (collapse, frontier, supervised, sensitivity, pairing, unpaired, one_side, granularity, squeezing)
@@ -280,7 +283,7 @@ CLAIMS = (collapse, frontier, supervised, sensitivity, pairing, unpaired, one_si
 
 def page(results: Results) -> str:
     """All of it: contradictions of the paper first."""
-    order = {FAILS: 0, OPEN: 1, "Holds in part": 1, HOLDS: 2}
+    order = {FAILS: 0, OPEN: 1, PARTLY: 1, HOLDS: 2}
     claims = sorted((claim(results) for claim in CLAIMS), key=lambda claim: order[claim.verdict])
     start = {group: results.start(group) for group in ("target", "others")}
     head = (
