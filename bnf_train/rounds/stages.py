@@ -13,11 +13,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from bnf_train.checks import Asked, by_group
+from bnf_train.checks import by_group
 from bnf_train.config import BNFConfig
 from bnf_train.data import RULES, Collator, Options, Response, Rules
 from bnf_train.model.answers import Questions, ask, counted, read_questions
-from bnf_train.model.generate import end_tokens
+from bnf_train.model.generate import Generated
 from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.model.score import longest_first, score
@@ -98,25 +98,25 @@ def ask_model(settings: Settings, model: str, folder: Folder, questions: Path, t
     )  # fmt: skip
     loaded = load_model(model, config.trust_remote_code, getattr(torch, config.dtype)).to(config.device)
     bar = None if config.disable_tqdm else "answers"
-    found = ask(loaded, tokenizer, asked, config.device, torch.bfloat16 if config.bf16 else None, progress=bar)
+    autocast, drawn = torch.bfloat16 if config.bf16 else None, list[list[Generated]]()
+    found = ask(loaded, tokenizer, asked, config.device, autocast, progress=bar, generated=drawn)
     lines = zip(asked.prompts, asked.groups, found, strict=True)
     write_rows(
         folder.checks, ({"number": p.number, "group": group, "prompt": p.text} | counted(one) for p, group, one in lines)
     )
-    entropy = entropies(loaded, tokenizer, asked, found, config)
+    entropy = entropies(loaded, tokenizer, asked, drawn, config)
     write_json(folder.right, {"settings": asked.settings(), "right": asked.values(found), "entropy": entropy})
 
 
-def entropies(model: Any, tokenizer: Any, questions: Questions, found: Sequence[Asked], config: BNFConfig) -> dict[str, float]:
+def entropies(
+    model: Any, tokenizer: Any, questions: Questions, drawn: Sequence[Sequence[Generated]], config: BNFConfig
+) -> dict[str, float]:
     """By group: the model's entropy at each token of its sampled answers (greedy ones where there are no others), in nats."""
-    end = min(end_tokens(model, tokenizer), default=0)  # which one plays no part in the entropy where it stands
     responses, groups = [], []
-    for prompt, group, one in zip(questions.prompts, questions.groups, found, strict=True):
-        for text, cut in list(zip(one.answers, one.cut, strict=True))[min(1, len(one.answers) - 1) :]:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"] + ([] if cut else [end])
-            if ids:
-                responses.append(Response([*prompt.ids, *ids], len(prompt.ids), True))
-                groups.append(group)
+    for prompt, group, answers in zip(questions.prompts, questions.groups, drawn, strict=True):
+        for answer in answers[min(1, len(answers) - 1) :]:
+            responses.append(Response([*prompt.ids, *answer.tokens], len(prompt.ids), True))
+            groups.append(group)
     attach_log_odds_head(model)
     batches = longest_first([len(response.input_ids) for response in responses], config.per_device_eval_batch_size)
     scored = score(

@@ -21,6 +21,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train.errors import UsageError
+from bnf_train.model.generate import greedy_and_sampled
 from bnf_train.rounds import files as of_files
 from bnf_train.rounds import process, report, run, settings, stages
 from bnf_train.rounds.__main__ import main, parser
@@ -142,12 +143,14 @@ def entropy(model: Path, tokenizer: Any, lines: list[dict[str, Any]]) -> float:
     values: list[float] = []
     loaded = AutoModelForCausalLM.from_pretrained(model)
     for line in lines:
-        asked = [{"role": "user", "content": line["prompt"]}]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        for text, cut in zip(line["answers"][1:], line["cut"][1:], strict=True):
-            ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * (not cut)
+        chat = [{"role": "user", "content": line["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        how = {"samples": 2, "temperature": 1.0, "max_new_tokens": 5, "seed": 3, "places": [line["number"] - 1]}
+        drawn = greedy_and_sampled(loaded, tokenizer, [prompt], torch.device("cpu"), **how)[0]
+        assert [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in drawn] == line["answers"]
+        for answer in drawn[1:]:
             with torch.no_grad():
-                logits = loaded(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+                logits = loaded(input_ids=torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1].double()
             logp = logits.log_softmax(-1)
             values += (-(logp.exp() * logp).sum(-1)).tolist()
     return fmean(values)
