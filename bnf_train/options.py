@@ -177,7 +177,7 @@ class Objective:
     objective: str = field(
         default="bnf",
         metadata={
-            "help": "Loss: bnf, dpo, kto, simpo, … or my_file.py:my_function. A name of bnf_core.OBJECTIVES, or a function of "
+            "help": "Loss: bnf, bnf_one_sided, dpo, kto, … or my_file.py:my_function. A name of bnf_core.OBJECTIVES, or a function of "
             "your own as module:function or path/to/file.py:function. Its hyper-parameters (--beta, …) are flags."
         },
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -47,13 +48,19 @@ from bnf_train.training.tryout import try_out
 
 
 def run(
-    config: BNFConfig, embedded: bool = False, callbacks: Sequence[TrainerCallback] = (), ask_before: bool = True
+    config: BNFConfig,
+    embedded: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    ask_before: bool = True,
+    leave: Literal["all", "metrics", "nothing"] = "all",
 ) -> BNFTrainer:
     """From rows to report; its trainer, with the trained model.
 
     Args:
       embedded: no flag was given: say that the model is the embedded one.
       ask_before: --check counts right answers before training, too, not only after it.
+      leave: "metrics" is the model and metrics.json, without a report, figures and a card; "nothing" is for whoever measures
+        the trained model and needs no more of it.
     """
     console = Console(quiet=not config.should_log, soft_wrap=True, highlight=False)
     if config.model == str(demo.MODEL):
@@ -100,7 +107,8 @@ def run(
         callback.trainer = trainer
         trainer.beside = kept(callback.measured)
     _train(trainer, config, resumed, console)
-    _report(trainer, config, rows, collator, measured, console)
+    if leave != "nothing":
+        _report(trainer, config, rows, collator, measured, console, pages=leave == "all")
     return trainer
 
 
@@ -290,7 +298,13 @@ def _train(trainer: BNFTrainer, config: BNFConfig, resumed: Path | None, console
 
 
 def _report(
-    trainer: BNFTrainer, config: BNFConfig, rows: _Rows, collator: Collator, measured: Measured | None, console: Console
+    trainer: BNFTrainer,
+    config: BNFConfig,
+    rows: _Rows,
+    collator: Collator,
+    measured: Measured | None,
+    console: Console,
+    pages: bool,
 ) -> None:
     output = Path(config.output_dir or "")
     history = trainer.state.log_history
@@ -313,11 +327,11 @@ def _report(
     if trainer.is_world_process_zero():
         with checkpoint.naming_a_full_disk(output):
             rows.tokenizer.save_pretrained(output)
-            report.write(output, config, history, held_out, examples, by_source, measured)
+            report.write(output, config, history, held_out, examples, by_source, measured, pages)
         console.print(report.table(held_out))
         for source, metrics in by_source.items():
             console.print(source)
             console.print(report.table(metrics))
         if measured is not None:
             console.print(report.right_table(measured.values()))
-        console.print(f"Model, report.html, metrics.json and metrics.png in {output}")
+        console.print(f"Model, {'report.html, metrics.json and metrics.png' if pages else 'metrics.json'} in {output}")

@@ -33,6 +33,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/errors": [],
     "bnf_train/demo": [],
     "bnf_train/rules": [],
+    "bnf_train/processes": [],
     "bnf_train/options": ["demo", "rules"],
     "bnf_train/hub": ["errors"],
     "bnf_train/inherited": ["errors"],
@@ -50,15 +51,29 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/run": ["checks", "cli", "config", "data", "demo", "errors", "model", "objectives", "report", "training"],
     "bnf_train/__main__": ["cli", "flags", "options", "run"],
     "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "run", "training"],
-    "bnf_train/compare": ["checks", "cli", "config", "data", "errors", "flags", "model", "run", "training"],
+    "bnf_train/compare": ["checks", "cli", "config", "data", "errors", "flags", "model", "processes", "run", "training"],
     "bnf_train/analyze": ["checks", "cli", "data", "errors", "model"],
     "bnf_train/sample": ["checks", "cli", "data", "errors", "model"],
     "bnf_train/rounds": [
-        *("checks", "cli", "config", "data", "demo", "errors", "flags", "model", "objectives", "run", "sample", "training"),
+        "checks",
+        "cli",
+        "config",
+        "data",
+        "demo",
+        "errors",
+        "flags",
+        "model",
+        "objectives",
+        "processes",
+        "run",
+        "sample",
+        "training",
     ],
     "bnf_train/plan": ["cli", "config", "data", "errors", "flags", "model", "objectives"],
     "bnf_train/examples": ["data", "demo", "flags", "run"],
     "proofs": [],
+    "proofs/experiments": ["checks", "demo"],
+    "proofs/experiments/tofu": ["cli", "config", "data", "errors", "flags", "model", "objectives", "run"],
 }
 COMMANDS = ("__main__", "bnf_train/benchmark", "bnf_core/benchmark")  # run, never imported
 JOINS = ("__init__", "benchmark", "benchmark_peers", "roofline", "fused", "constraints")  # of bnf_core: they join its rooms
@@ -70,6 +85,8 @@ OPTIONAL = (
     "deepspeed",
     "bitsandbytes",
     "math_verify",
+    "rouge_score",
+    "scipy",
     "trl",
 )  # imported only where they are used
 LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside functions, for their start-up time
@@ -78,7 +95,7 @@ LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside funct
 PRIVATE: dict[str, list[str]] = {
     "_make": ["bnf_core/batch.py"],  # of named tuples
     "_asdict": ["bnf_core/batch.py"],
-    "_exit": ["bnf_train/compare/arm.py", "bnf_train/rounds/process.py", "bnf_train/training/resume.py"],  # of os
+    "_exit": ["bnf_train/processes.py", "bnf_train/training/resume.py"],  # of os
     "_current_level": ["bnf_core/head/__init__.py"],  # torch: inside forward mode, inside a tracer
     "_dynamo": ["bnf_core/head/__init__.py"],
     "_is_amx_tile_supported": ["bnf_core/head/products.py"],

@@ -143,6 +143,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 def _run(tile: Tile, rows: Rows, bias: Tensor | None, start: int, options: HeadOptions, sums: bool, with_mean: bool) -> None:
     raw, others = tile.raw, tile.others
     tokens, width = raw.shape
+    # a cap, or float64, takes more registers an entry
+    block = BLOCK if options.softcap is None and rows.sumexp.dtype == torch.float32 else BLOCK // 2
     launch(
         fold_kernel,
         (tokens,),
@@ -163,7 +165,7 @@ def _run(tile: Tile, rows: Rows, bias: Tensor | None, start: int, options: HeadO
         LOG2_E=options.per_ratio,
         SUMS=sums,
         MEAN=with_mean,
-        BLOCK=min(BLOCK, triton.next_power_of_2(width)),
+        BLOCK=min(block, triton.next_power_of_2(width)),
         num_warps=WARPS,
     )
 

@@ -84,6 +84,8 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         axes.plot(ratios, [point["limit"] for point in of], color=f"C{colour}", label=f"{size} responses, by positions")
         axes.plot(ratios, [p["shared"] / p["apart"] for p in of], "o", color=f"C{colour}", label=f"{size} responses, measured")
     axes.set(xscale="log", xlabel="prompt over response (tokens)", ylabel="times as many tokens a second")
+    axes.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
+    axes.minorticks_off()
     axes.axhline(1, color="0.8", zorder=0)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -6,6 +6,7 @@
 An arm is an objective and flags of `python -m bnf_train` for it alone; all other flags of bnf_train are for every arm.
 Each arm is a run in a process of its own under OUTPUT_DIR/arms, with the reference's log-odds computed once for all.
 Arms that have finished are not run again: the same command goes on after an interruption, and takes up new arms.
+{seed} in a flag is the arm's seed: --model worlds/{seed}/model has a model for each.
 """
 
 import argparse
@@ -18,7 +19,10 @@ from bnf_train import cli
 from bnf_train.errors import UsageError
 
 PROBE = Path(__file__).parent / "probe.txt"  # prose on 24 subjects, written for this: nothing of any preference data
-OWN = ("arms", "learning_rates", "seeds", "probe", "responses", "max_new_tokens", "keep_models", "output_dir")
+OWN = (
+    "arms", "learning_rates", "seeds", "probe", "responses", "max_new_tokens", "keep_models", "arm_reports", "jobs",
+    "output_dir",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,10 +48,12 @@ def read_options(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, An
     add("--arms", nargs="+", metavar="ARM", help='An objective, and flags for it alone: bnf "dpo beta=0.1".')
     add("--learning_rates", nargs="+", metavar="LR", help="Every arm at each of them. Default: bnf_train's --learning_rate.")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="Every arm with each of them. Default: 0 1.")
-    add("--probe", metavar="FILE", help="Text outside the preference data, paragraphs between blank lines. Default: built in.")
+    add("--jobs", type=int, metavar="N", help="So many arms at a time, each with its share of the cores. Default: 1.")
+    add("--probe", metavar="FILE", help="Text outside the preference data, with blank lines. Default: built in; none: none.")
     add("--responses", type=int, metavar="N", help="Held-out prompts answered greedily after training. Default: 8; 0: none.")
     add("--max_new_tokens", type=int, metavar="N", help="Where an answer is cut. Default: 256.")
     add("--keep_models", action="store_true", help="Keep the weights of every arm.")
+    add("--no_arm_reports", dest="arm_reports", action="store_false", help="No report of each arm: quicker, for large grids.")
     add("--output_dir", metavar="FOLDER", help="Where all of it goes. Default: runs/compare.")
     own, flags = parser.read_known(arguments)
     given = vars(own)
@@ -57,7 +63,7 @@ def read_options(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, An
     in_file = {str(key).replace("-", "_"): value for key, value in in_file.items()}
     options: dict[str, Any] = {
         "learning_rates": [], "seeds": [0, 1], "probe": str(PROBE), "responses": 8, "max_new_tokens": 256,
-        "keep_models": False, "output_dir": "runs/compare",
+        "keep_models": False, "arm_reports": True, "jobs": 1, "output_dir": "runs/compare",
     }  # fmt: skip
     options |= {key: in_file.pop(key) for key in OWN if key in in_file}
     options |= {key: value for key, value in given.items() if key in OWN}
@@ -70,6 +76,7 @@ def read_options(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, An
         ("seeds", 0, options["seeds"]),
         ("responses", 0, [options["responses"]]),
         ("max_new_tokens", 1, [options["max_new_tokens"]]),
+        ("jobs", 1, [options["jobs"]]),
     ):
         if wrong := [v for v in values if not isinstance(v, int) or isinstance(v, bool) or v < least]:
             raise UsageError(f"--{key}: expected whole numbers of at least {least}, got {wrong[0]}.")

@@ -1,10 +1,7 @@
 """One arm of a comparison: a run of bnf_train, and what is measured beside its held-out metrics."""
 
 import json
-import os
 import resource
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +28,18 @@ class Measures:
     """What every arm of a comparison measures.
 
     Attributes:
-      probe: a text file, paragraphs between blank lines: the text outside the preference data.
+      probe: a text file, paragraphs between blank lines: the text outside the preference data; None: there is none.
       responses: how many held-out prompts are answered, greedily.
       max_new_tokens: where an answer is cut.
       keep_model: whether the arm's weights stay on disk.
+      pages: whether each arm has a report of its own.
     """
 
-    probe: Path
+    probe: Path | None
     responses: int = 8
     max_new_tokens: int = 256
     keep_model: bool = False
+    pages: bool = True
 
 
 def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dict[str, Any]:
@@ -49,12 +48,11 @@ def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dic
     Args:
       before: measure the starting point, too: it is that of all arms with this seed.
     """
-    _stop_with(os.getppid())
     config = parse(arguments)
     config.eval_on_start = before
     texts = paragraphs(measures.probe)
     beside = _Beside(texts, measures if before else None)
-    trainer = run(config, callbacks=[beside], ask_before=before)
+    trainer = run(config, callbacks=[beside], ask_before=before, leave="all" if measures.pages else "metrics")
     if not trainer.eval_dataset:
         raise UsageError("--eval_size 0: nothing is held out, so there is nothing to compare; leave it out.")
     history = trainer.state.log_history
@@ -81,17 +79,6 @@ def train_arm(arguments: Sequence[str], measures: Measures, before: bool) -> dic
     return result
 
 
-def _stop_with(parent: int) -> None:
-    """Ends this process where its parent was killed: the next comparison would write where it still does."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 class _Beside(TrainerCallback):
     """Perplexity on the probe at every evaluation, and the starting point's answers."""
 
@@ -101,12 +88,12 @@ class _Beside(TrainerCallback):
         self.answers: list[dict[str, Any]] | None = None
 
     def at(self, step: int) -> dict[str, float]:
-        return {"probe_perplexity": self.perplexities[step]}
+        return {"probe_perplexity": self.perplexities[step]} if self.texts else {}
 
     def on_evaluate(
         self, args: BNFConfig, state: Any, control: Any, model: Any, processing_class: Any, eval_dataloader: Any, **kwargs: Any
     ) -> None:
-        if state.global_step not in self.perplexities:
+        if self.texts and state.global_step not in self.perplexities:
             self.perplexities[state.global_step] = perplexity(model, processing_class, self.texts, args)
         if self.measures is not None and state.global_step == 0:
             self.answers = answers(model, processing_class, eval_dataloader.dataset, args, self.measures)
@@ -153,12 +140,14 @@ def _autocast(config: BNFConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.bf16 else None
 
 
-def paragraphs(path: Path) -> list[str]:
-    """The paragraphs of a text file.
+def paragraphs(path: Path | None) -> list[str]:
+    """The paragraphs of a text file; none of None.
 
     Raises:
       UsageError: no such file, or nothing in it.
     """
+    if path is None:
+        return []
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

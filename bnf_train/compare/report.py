@@ -1,4 +1,4 @@
-"""What a comparison leaves: report.html, compare.json, compare.md, curves.png, tradeoff.png; means over seeds, and spread."""
+"""What a comparison leaves: report.html, compare.json, compare.md and figures; means over seeds, and spread."""
 
 import base64
 import datetime
@@ -11,14 +11,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import jinja2
-from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
 from bnf_train.checks import GREEDY, SAMPLED, student
-from bnf_train.training.metrics import LABELS, shown
+from bnf_train.compare import figures
+from bnf_train.training.metrics import shown
 
 Result = Mapping[str, Any]
 
@@ -109,16 +108,6 @@ def _start(result: Result) -> Result:
     return {**result, **unknown, "curve": result["curve"][:1], "after": result["before"], "right": right}
 
 
-def _curve(result: Result, results: Sequence[Result]) -> list[Mapping[str, Any]]:
-    """The evaluations of a run, from the starting point on, which one run for each seed has measured."""
-    curve = list(result.get("curve", ()))
-    starts = [r["curve"][0] for r in results if r["seed"] == result["seed"] and r.get("curve") and r["curve"][0]["step"] == 0]
-    counted = [key for key in starts[0] if key.startswith(("eval_tokens", "eval_responses"))] if starts else []
-    if curve and curve[0]["step"] and starts and all(starts[0][key] == curve[0].get(key) for key in counted):
-        curve.insert(0, starts[0])
-    return curve
-
-
 def _over(column: Column, arm: Sequence[Result]) -> dict[str, float] | None:
     known = [value for value in map(column.value, arm) if value is not None]
     if any(math.isnan(value) for value in known):  # one seed's failure is the arm's, and min() would lose it
@@ -188,8 +177,8 @@ def write(folder: Path, results: Sequence[Result]) -> None:
     _replace(folder / "compare.json", (json.dumps(_json({"arms": arms, "runs": list(results)}), indent=1) + "\n").encode())
     _replace(folder / "compare.md", markdown(results).encode())
     images = {}
-    for name, draw in (("curves", _curves), ("tradeoff", _tradeoff)):
-        images[name] = _png(draw(results))
+    for name, figure in figures.drawn(results).items():
+        images[name] = _png(figure)
         _replace(folder / f"{name}.png", images[name])
     _replace(folder / "report.html", _page(results, arms, images).encode())
 
@@ -215,62 +204,6 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _styles(results: Sequence[Result]) -> dict[str, Any]:
-    """A colour for each arm."""
-    names = list(dict.fromkeys(result["name"] for result in results))
-    palette = colormaps["tab10" if len(names) <= 10 else "turbo"]
-    return {name: palette(i if len(names) <= 10 else i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
-
-
-def _curves(results: Sequence[Result]) -> Figure:
-    """Against optimizer steps: held-out shifts a token, and perplexity on the probe; a thin line a seed."""
-    figure, colors = Figure(figsize=(14, 4.4), layout="constrained"), _styles(results)
-    axes: Sequence[Axes] = figure.subplots(1, 3)
-    keys = [f"eval_logp_shift_per_token/{label}" for label in LABELS] + ["probe_perplexity"]
-    titles = [f"Held-out shift, {label}" for label in LABELS] + ["Perplexity on text outside the preference data"]
-    for axis, key, title in zip(axes, keys, titles, strict=True):
-        named = set()
-        for result in results:
-            points = [(point["step"], point[key]) for point in _curve(result, results) if key in point]
-            if points:
-                label = None if result["name"] in named else result["name"]
-                named.add(result["name"])
-                axis.plot(*zip(*points, strict=True), marker=".", lw=1.2, alpha=0.8, color=colors[result["name"]], label=label)
-        axis.set(title=title, xlabel="optimizer step", ylabel="" if key == "probe_perplexity" else "nats per token")
-        axis.grid(alpha=0.3)
-    axes[2].set_yscale("log")
-    axes[2].yaxis.set_major_formatter("{x:g}")
-    axes[2].yaxis.set_minor_formatter("{x:g}")
-    if axes[0].lines:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    return figure
-
-
-def _tradeoff(results: Sequence[Result]) -> Figure:
-    """What was won against what it cost: the held-out margin a token against perplexity on the probe; a point a run."""
-    figure, colors = Figure(figsize=(7, 4.8), layout="constrained"), _styles(results)
-    axis: Axes = figure.subplots()
-    named = set()
-    for result in results:
-        last = result["curve"][-1] if result.get("curve") else {}
-        keys = [f"eval_logp_shift_per_token/{label}" for label in LABELS]
-        if all(key in last for key in keys):
-            label = None if result["name"] in named else result["name"]
-            named.add(result["name"])
-            won = last[keys[0]] - last[keys[1]]
-            axis.plot(won, last["probe_perplexity"], "o", color=colors[result["name"]], label=label)
-    axis.set(
-        title="Won and paid", xlabel="held-out shift of preferred minus dispreferred, nats per token",
-        ylabel="perplexity on text outside the preference data", yscale="log",
-    )  # fmt: skip
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(fontsize="small")
-    return figure
-
-
 def _page(results: Sequence[Result], arms: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -281,7 +214,7 @@ def _page(results: Sequence[Result], arms: Mapping[str, Any], images: Mapping[st
         names=headings,
         rows=rows,
         failed=[result for result in results if "failed" in result],
-        images={name: base64.b64encode(image).decode() for name, image in images.items()},
+        images=[(figures.ALT[name], base64.b64encode(image).decode()) for name, image in images.items()],
         answers=[(f"{r['name']}, seed {r['seed']}", r["after"]) for r in finished if r["after"]],
         before=next((r["before"] for r in finished if r["before"]), []),
         seeds=len({result["seed"] for result in results}),

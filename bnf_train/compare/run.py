@@ -1,15 +1,14 @@
 """The arms of a comparison: which ones there are, which have finished, each in a process of its own."""
 
 import json
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import yaml
 from rich.console import Console
 
 from bnf_train import cli
-from bnf_train.compare.arm import Measures, paragraphs, train_arm
+from bnf_train.compare.arm import Measures, paragraphs
+from bnf_train.compare.process import Running
 from bnf_train.compare.report import table, write
-from bnf_train.errors import UsageError, is_out_of_memory, one_line
+from bnf_train.errors import UsageError
 from bnf_train.flags import parse
 
 # of every arm, unless the command or the --config file says otherwise
@@ -30,6 +30,9 @@ DEFAULTS = {
     "show_examples": 0,
     "report_to": "none",
 }
+SEED = "{seed}"  # in a flag: the arm's
+NO_PROBE = "none"
+SECONDS_BETWEEN_REPORTS = 30.0
 
 
 @dataclass(frozen=True)
@@ -69,26 +72,20 @@ class Arm:
             )
         return result
 
-    def run(self, measures: Measures, before: bool) -> dict[str, Any]:
-        """Trains in a process of its own, so that its memory is its own, too; a run that fails is one line of the result."""
-        shutil.rmtree(self.folder, ignore_errors=True)  # what a killed run left of it
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as process:
-            try:
-                result = process.submit(train_arm, self.arguments, measures, before).result()
-            except BrokenProcessPool:
-                return self._about() | {"failed": "its process was killed, out of memory?"}
-            except UsageError as error:
-                return self._about() | {"failed": str(error)}
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                return self._about() | {"failed": f"out of memory ({one_line(error)})"}
-        result |= self._about()
+    def remove(self) -> None:
+        """Removes what a killed run left of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def failed(self, why: str) -> dict[str, Any]:
+        return self._about() | {"failed": why}
+
+    def keep(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaves what the run measured where `finished` finds it, and returns it with what the arm is."""
+        kept = dict(result) | self._about()
         partial = self.folder / "arm.json.tmp"
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.write_text(json.dumps(kept, indent=1) + "\n")
         os.replace(partial, self.folder / "arm.json")
-        return result
+        return kept
 
     def _about(self) -> dict[str, Any]:
         about = {"name": self.name, "seed": self.seed, "arguments": self.arguments, "shared": self.shared}
@@ -110,39 +107,77 @@ def compare(options: Mapping[str, Any], common: Mapping[str, Any]) -> None:
     output = Path(options["output_dir"])
     if not (output / "common.yaml").exists():
         cli.check_new_folder(output, ", or that of a comparison to go on with")
+    probe = None if options["probe"] == NO_PROBE else Path(options["probe"])
     measures = Measures(
-        Path(options["probe"]), options["responses"], options["max_new_tokens"], keep_model=options["keep_models"]
+        probe, options["responses"], options["max_new_tokens"], keep_model=options["keep_models"], pages=options["arm_reports"]
     )
     paragraphs(measures.probe)
     output.mkdir(parents=True, exist_ok=True)
-    in_file = {key: value for key, value in common.items() if key != "flags"}
-    (output / "common.yaml").write_text(yaml.safe_dump(DEFAULTS | {"reference_cache": str(output / "reference")} | in_file))
-    shared = in_file | {name: options[name] for name in ("probe", "responses", "max_new_tokens")}
-    arms = list(_arms(options, common["flags"], output, shared))
-    for arm in arms:
+    found = list(arms(options, common, output))
+    for arm in found:
         parse(arm.arguments)  # what is wrong in the last arm is said before the first one is run
-    results = [arm.finished() for arm in arms]
+    done = _run(found, measures, options["jobs"], output)
     console = Console(soft_wrap=True, highlight=False)
-    started = {result["seed"] for result in results if result and result["curve"][0]["step"] == 0}
-    for number, arm in enumerate(arms):
-        if results[number] is None:
-            console.rule(f"arm {number + 1} of {len(arms)}: {arm.name}, seed {arm.seed}")
-            results[number] = result = arm.run(measures, before=arm.seed not in started)
-            if "failed" in result:
-                console.print(f"failed: {result['failed']}")
-            else:
-                started.add(arm.seed)
-            write(output, [result for result in results if result])
-    done = [result for result in results if result]
-    write(output, done)
     console.print(table(done))
-    console.print(f"report.html, compare.json, compare.md, curves.png and tradeoff.png in {output}")
+    console.print(f"report.html, compare.json, compare.md and figures in {output}")
     if failed := sum("failed" in result for result in done):
         raise UsageError(f"{failed} of {len(done)} arms failed (see above); the same command tries them again.")
 
 
-def _arms(options: Mapping[str, Any], flags: Sequence[str], output: Path, shared: dict[str, Any]) -> Iterator[Arm]:
-    """Every arm at every learning rate with every seed; seed by seed, so that an early look at the report is fair."""
+def _run(found: Sequence[Arm], measures: Measures, jobs: int, output: Path) -> list[dict[str, Any]]:
+    """The results of all arms: of those that have finished what they left; the others run, `jobs` at a time."""
+    console = Console(soft_wrap=True, highlight=False)
+    results = [arm.finished() for arm in found]
+    todo = [number for number, result in enumerate(results) if result is None]
+    # one arm of each seed measures the starting point
+    started = {result["seed"] for result in results if result and result["curve"][0]["step"] == 0}
+    running: dict[Any, tuple[int, Running]] = {}
+    written = time.monotonic()
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                number = todo.pop(0)
+                arm = found[number]
+                console.rule(f"arm {number + 1} of {len(found)}: {arm.name}, seed {arm.seed}")
+                arm.remove()
+                arm.folder.parent.mkdir(exist_ok=True)
+                log = None if jobs == 1 else arm.folder.with_name(arm.folder.name + ".log")
+                begun = Running(arm.arguments, measures, arm.seed not in started, jobs, log)
+                running[begun.ended] = number, begun
+                started.add(arm.seed)
+            for ended in wait(list(running)):
+                number, begun = running[ended]
+                arm, result = found[number], begun.result()
+                del running[ended]
+                if isinstance(result, str):
+                    console.print(f"{arm.name}, seed {arm.seed}, failed: {result}")
+                    results[number] = arm.failed(result)
+                    if begun.before:  # another arm of this seed does it
+                        started.discard(arm.seed)
+                else:
+                    results[number] = arm.keep(result)
+            if jobs == 1 or time.monotonic() - written > SECONDS_BETWEEN_REPORTS:
+                write(output, [result for result in results if result])
+                written = time.monotonic()
+    finally:
+        for _, begun in running.values():
+            begun.stop()
+    done = [result for result in results if result]
+    write(output, done)
+    return done
+
+
+def arms(options: Mapping[str, Any], common: Mapping[str, Any], output: Path) -> Iterator[Arm]:
+    """Every arm at every learning rate with every seed; seed by seed, so that an early look at the report is fair.
+
+    Leaves in the folder `output` what is the same for all of them. Arguments are those of `compare`.
+    """
+    in_file = {key: value for key, value in common.items() if key != "flags"}
+    of_a_seed = [f"--{key}={value}" for key, value in in_file.items() if SEED in str(value)]
+    for_all = {key: value for key, value in in_file.items() if SEED not in str(value)}
+    (output / "common.yaml").write_text(yaml.safe_dump(DEFAULTS | {"reference_cache": str(output / "reference")} | for_all))
+    shared = in_file | {name: options[name] for name in ("probe", "responses", "max_new_tokens")}
+    flags = [*of_a_seed, *common["flags"]]
     names = set()
     for seed in options["seeds"]:
         for spec in options["arms"]:
@@ -160,7 +195,8 @@ def _arms(options: Mapping[str, Any], flags: Sequence[str], output: Path, shared
                 names.add(folder)
                 chosen = [f"--objective={objective}", *(f"--{word}" for word in own), f"--seed={seed}"]
                 chosen += [f"--learning_rate={rate}"] if rate is not None else []
-                arguments = [f"--config={output / 'common.yaml'}", *flags, *chosen, f"--output_dir={folder}"]
+                arguments = [f"--config={output / 'common.yaml'}", *flags, *chosen]
+                arguments = [word.replace(SEED, str(seed)) for word in arguments] + [f"--output_dir={folder}"]
                 yield Arm(name, seed, folder, arguments, shared)
 
 

@@ -209,6 +209,7 @@ def pretrain(
         ids = pad_sequence([torch.tensor(documents[i]) for i in some], batch_first=True)  # causal: padding comes after
         answer = [torch.tensor([IGNORED] * start[i] + documents[i][start[i] :]) for i in some]
         labels = pad_sequence(answer, batch_first=True, padding_value=IGNORED)[:, 1:]
+        ids, labels = ids.to(model.device), labels.to(model.device)
         hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[labels != IGNORED]), labels[labels != IGNORED])
         loss.backward()
@@ -230,7 +231,7 @@ def sample(
     for first in range(0, len(prompts), batch):
         inputs = tokenizer.pad(
             {"input_ids": encode(tokenizer, [(p, None) for p in prompts[first : first + batch]])}, return_tensors="pt"
-        )
+        ).to(model.device)
         output = model.generate(**inputs, do_sample=True, top_k=0, num_return_sequences=times, max_new_tokens=LONGEST)
         texts = [_text(tokenizer, ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
         answers += [texts[i : i + times] for i in range(0, len(texts), times)]
@@ -278,6 +279,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of pretraining")
     parser.add_argument("--prompts", type=int, default=800, help="target prompts that it answers five times each")
     parser.add_argument("--check", type=int, default=200, help="questions of each group kept for measuring")
+    parser.add_argument("--device", default="cpu", help="cuda draws another world than cpu, in seconds")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the same sums on every machine of a kind
@@ -289,11 +291,11 @@ def main() -> None:
     rows = demonstrations(args.steps * args.batch, args.flaws, draws + 2_000_000, taken)
 
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.width, args.layers)
+    model = make_model(tokenizer, args.width, args.layers).to(args.device)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(rows):,} demonstrations")
     start = time.time()
     pretrain(model, tokenizer, rows, args.batch, args.lr)
-    print(f"pretrained in {(time.time() - start) / 60:.1f} minutes on one thread")
+    print(f"pretrained in {(time.time() - start) / 60:.1f} minutes on {'one thread' if args.device == 'cpu' else args.device}")
     model.to(torch.bfloat16).save_pretrained(args.output / "model")
     tokenizer.save_pretrained(args.output / "model")
     model.float()  # what was saved, without what bf16 rounds off

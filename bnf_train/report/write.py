@@ -76,12 +76,14 @@ def write(
     examples: Sequence[TokenExample] = (),
     by_source: Mapping[str, dict[str, float]] | None = None,
     measured: Measured | None = None,
+    pages: bool = True,
 ) -> None:
     """metrics.json, metrics.png, report.html and README.md, from the trainer's log history and the held-out metrics.
 
     Args:
       by_source: the held-out metrics of each data set, where there are several.
       measured: right answers, which make checks.jsonl, too.
+      pages: False leaves metrics.json, checks.jsonl alone.
     """
     flags = {k: v for k, v in config.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
     metrics = {"config": flags, "held_out": held_out, "log": history}
@@ -96,6 +98,8 @@ def write(
         answered = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in measured.lines())
         (folder / "checks.jsonl").write_text(answered, encoding="utf-8", errors="backslashreplace")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if not pages:
+        return
     draw_main(folder / "metrics.png", history)
 
     result, settings = _result(held_out), _settings(config, flags)

@@ -2,9 +2,6 @@
 
 import fcntl
 import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bnf_train.errors import UsageError, is_out_of_memory, one_line
+from bnf_train.processes import end_with_parent
 
 LOCK, STAGE_LOCK = ".lock", ".stage-lock"  # of the command; of the stage at work, which may outlive a command that was killed
 
@@ -41,20 +39,9 @@ def run_stage(name: str, folder: Path, stage: Callable[..., None], *arguments: A
 
 
 def _stage(folder: Path, stage: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    _end_with(os.getppid())
+    end_with_parent()
     with _held(folder / STAGE_LOCK):
         stage(*arguments)
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process where its parent was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

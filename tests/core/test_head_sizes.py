@@ -104,7 +104,7 @@ def test_dhidden_is_of_the_rounded_weight_under_autocast(implementation: str) ->
     if implementation == "triton" and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter cuts numbers to bf16 instead of rounding them")
     hidden, weight = torch.randn(3, 8).requires_grad_(), torch.randn(2, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         linear_log_odds(hidden, weight, torch.zeros(3, dtype=torch.long), implementation=implementation)[0].sum().backward()
     rows = weight.bfloat16().float()
     torch.testing.assert_close(hidden.grad, (rows[0] - rows[1]).expand(3, 8), rtol=1e-6, atol=1e-6)

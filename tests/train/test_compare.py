@@ -16,7 +16,7 @@ from preference_rows import PAIRS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnf_train.__main__ import main as train
-from bnf_train.compare import run
+from bnf_train.compare import figures, run
 from bnf_train.compare.__main__ import main, read_options
 from bnf_train.compare.arm import Measures, answers, paragraphs, perplexity
 from bnf_train.compare.report import START, columns, markdown, summaries, write
@@ -48,7 +48,7 @@ def test_arms_run_once_and_the_report_is_of_what_they_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # in the next test they start as they do for a user
-    monkeypatch.setattr("bnf_train.compare.run.multiprocessing.get_context", lambda method: forks)
+    monkeypatch.setattr("bnf_train.compare.process.multiprocessing.get_context", lambda method: forks)
     output, rows = tmp_path / "out", write_rows(PAIRS)
     probe = tmp_path / "probe.txt"
     probe.write_text("Rivers run to the sea.\n\nBread is baked.\n")
@@ -95,6 +95,77 @@ def test_an_arm_is_the_run_of_bnf_train_with_its_flags(
     assert train(["--objective=simpo", "--beta=3", "--seed=0", *paths, "--no_reference_cache", *alone]) == 0
     log = json.loads((tmp_path / "alone/metrics.json").read_text())["log"]
     assert arm["losses"] == [entry["loss"] for entry in log if "loss" in entry]
+
+
+def test_arms_side_by_side_are_those_in_turn_and_seeds_have_their_own_files(
+    model_folder: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    forks: ForkServerContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """--jobs changes nothing that is measured; {seed} is the arm's; no probe, no perplexity; the start once a seed."""
+    monkeypatch.setattr("bnf_train.compare.process.multiprocessing.get_context", lambda method: forks)
+    for seed in (0, 1):
+        write_rows(PAIRS[seed:]).rename(tmp_path / f"rows{seed}.jsonl")
+    given = [*flags(model_folder, tmp_path / "rows{seed}.jsonl", tmp_path / "out")[1:], "--probe=none", "--responses=0"]
+    arms = ["--arms", "bnf", "dpo learning_rate=1e38", "simpo", "--seeds", "0", "1"]
+    results = {}
+    for jobs in (1, 3):
+        output = tmp_path / f"out{jobs}"
+        with pytest.raises(UsageError, match="2 of 6 arms failed"):
+            compare([*arms, *given, f"--output_dir={output}", f"--jobs={jobs}"])
+        runs = json.loads((output / "compare.json").read_text())["runs"]
+        assert [(of["name"].split()[0], of["seed"]) for of in runs] == [
+            (name, seed) for seed in (0, 1) for name in ("bnf", "dpo", "simpo")
+        ]
+        finished = [of for of in runs if "failed" not in of]
+        results[jobs] = [(of["curve"][-1]["eval_loss"], of["losses"]) for of in finished]
+        assert [of["seed"] for of in finished if of["curve"][0]["step"] == 0] == [0, 1]
+        assert not any("probe_perplexity" in point for of in finished for point in of["curve"])
+        assert not (output / "tradeoff.png").exists()
+        assert all(f"--dataset={tmp_path}/rows{of['seed']}.jsonl" in of["arguments"] for of in runs)
+    assert results[1] == results[3]
+    assert results[1][0] != results[1][2]  # other rows
+
+
+def test_a_killed_arm_is_one_line_and_the_others_go_on(
+    model_folder: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    forks: ForkServerContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bnf_train.compare.process.multiprocessing.get_context", lambda method: forks)
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import multiprocessing, os\n\n\ndef dies(log_odds, batch):\n    if multiprocessing.parent_process():\n"
+        "        os._exit(9)\n    return batch.mean(log_odds)\n"
+    )
+    with pytest.raises(UsageError, match="1 of 2 arms failed"):
+        compare(["--arms", f"{own}:dies", "bnf", *flags(model_folder, write_rows(PAIRS), tmp_path / "out"), "--probe=none"])
+    killed, bnf = json.loads((tmp_path / "out/compare.json").read_text())["runs"]
+    assert "killed" in killed["failed"]
+    assert bnf["curve"][0]["step"] == 0  # it measured the start in place of the one that died
+
+
+def test_rates_are_drawn_for_each_group_of_right_answers() -> None:
+    def arm(name: str, seed: int, target: float, before: float | None = None) -> dict[str, Any]:
+        def right(value: float | None) -> dict[str, Any]:
+            return {} if value is None else {group: {"sampled": {"value": value}} for group in ("target", "others")}
+
+        return run_of(name, seed, 1.0, right={"after": right(target), "before": right(before)})
+
+    runs = [arm(f"bnf lr={rate}", seed, 0.5 + 100 * rate + seed / 10, 0.4) for rate in (1e-4, 1e-3) for seed in (0, 1)]
+    runs.append(arm("dpo beta=1 lr=0.0001", 0, 0.2))
+    figure = figures.drawn(runs)["rates"]
+    assert [axis.get_title() for axis in figure.axes] == ["Right answers: target", "Right answers: others"]
+    bnf, dpo, before = figure.axes[0].lines
+    assert list(bnf.get_xdata()) == [1e-4, 1e-3]
+    assert list(bnf.get_ydata()) == pytest.approx([0.56, 0.65])
+    assert list(dpo.get_ydata()) == [0.2]
+    assert before.get_ydata()[0] == pytest.approx(0.4)
+    assert "rates" not in figures.drawn([arm("bnf", 0, 0.5)])
 
 
 def test_perplexity_is_that_of_the_full_logits(model_folder: Path) -> None:
@@ -223,6 +294,7 @@ def test_one_seed_that_is_no_number_makes_the_arm_none(tmp_path: Path) -> None:
         (["--arms", "dpo beta='0.1"], "expected an objective and flags"),
         (["--arms", "bnf", "--seeds", "-1"], "--seeds"),
         (["--arms", "bnf", "--responses", "-1"], "--responses"),
+        (["--arms", "bnf", "--jobs", "0"], "--jobs"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_trained(
