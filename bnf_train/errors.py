@@ -1,6 +1,7 @@
 """The exceptions that a user sees as a sentence instead of a traceback."""
 
 import difflib
+import errno
 import signal
 from collections.abc import Iterable
 
@@ -33,6 +34,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had no memory left: torch.OutOfMemoryError, or what torch's CPU allocator raises."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether the disk had no room left. Python has an errno, safetensors only a number in its message; torch.save and json
+    chain the first error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            sign in text for sign in ("No space left", f"code: {errno.ENOSPC},", f"code: {errno.EDQUOT},", "os error 28")
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def telling(error: BaseException) -> BaseException:

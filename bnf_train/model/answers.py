@@ -179,12 +179,14 @@ def ask(
     processes: int = 1,
     sharded: bool = False,
     progress: str | None = None,
+    generated: list[list[Generated]] | None = None,
 ) -> list[Asked]:
     """The checked answers to every prompt. With several processes each must call this, and gets all of them.
 
     Args:
       sharded: the processes hold the model together.
       progress: what a progress bar says; None: no bar.
+      generated: takes the token ids of this process's answers, of which texts need not make the same again.
 
     Raises:
       UsageError: what the check raises.
@@ -199,6 +201,8 @@ def ask(
             seed=questions.seed, places=mine, batch_size=questions.batch_size, cache_weights=processes == 1,
             sharded=sharded and processes > 1, done=bar.update,
         )  # fmt: skip
+    if generated is not None:
+        generated += found
     texts = [[str(tokenizer.decode(answer.tokens, skip_special_tokens=True)) for answer in answers] for answers in found]
     checked = [
         (i, _checked(questions.check, questions.prompts[i], answers, of))

@@ -63,7 +63,7 @@ def of_answers(path: Path) -> dict[str, Any]:
 
 
 def of_rows(path: Path) -> dict[str, int]:
-    """Responses of each label in the rows to train on, those among them that training holds out."""
+    """Responses of each label in the round's rows. Rows that training holds out count, too."""
     preferred = dispreferred = 0
     for row in read_lines(path):
         labels = row.get("labels", [row["label"]] if "label" in row else [True, False])
@@ -161,8 +161,12 @@ def markdown(results: Sequence[Result]) -> str:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def write(output: Path, rounds: int) -> list[dict[str, Any]]:
-    """All files, each whole or not at all; what they are made of."""
+def write(output: Path, rounds: int, again: int) -> list[dict[str, Any]]:
+    """All files, each whole or not at all; what they are made of.
+
+    Args:
+      again: prompts that are trained on and asked.
+    """
     found, begun = collect(output, rounds), json.loads((output / BEGUN).read_text())
     write_json(output / "rounds.json", {"flags": begun["flags"], "rounds": found})
     replace(output / "rounds.md", markdown(found).encode())
@@ -178,6 +182,7 @@ def write(output: Path, rounds: int) -> list[dict[str, Any]]:
         image=base64.b64encode(image).decode(),
         notices=[text for one in found for text in ([one["notice"]] if one.get("notice") else []) + one.get("alarms", [])],
         rounds=found[1:],
+        again=again,
         settings=found[0]["settings"],
         flags=begun["flags"],
     )

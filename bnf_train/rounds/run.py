@@ -24,6 +24,8 @@ def rounds(settings: Settings) -> None:
         begun = begin(settings, questions)
         if Folder(output, settings.rounds + 1).path.exists():
             raise UsageError(f"--rounds {settings.rounds}: {output} has more; pass at least as many as it was begun with.")
+        for sentence in begun.left_out:
+            console.print(f"  {sentence}", markup=False)
         if begun.again:
             console.print(f"{begun.again:,} prompts of --dataset are in --check_dataset, too: they are trained on and asked.")
         start = Folder(output, 0)
@@ -34,8 +36,8 @@ def rounds(settings: Settings) -> None:
         for number in range(1, settings.rounds + 1):
             _round(settings, Folder(output, number), begun, console)
             if number < settings.rounds:
-                report.write(output, settings.rounds)
-        found = report.write(output, settings.rounds)
+                report.write(output, settings.rounds, begun.again)
+        found = report.write(output, settings.rounds, begun.again)
         console.print(report.table(found))
         console.print(
             f"report.html, rounds.json, rounds.md and rounds.png in {output}; the last model in {_model(settings, number)}"
@@ -55,7 +57,7 @@ def _round(settings: Settings, folder: Folder, begun: Begun, console: Console) -
         if not folder.prompts.exists():
             asked = of_round(begun.prompts, number, settings.prompts_per_round)
             write_rows(folder.prompts, (dict(prompt.columns) for prompt in asked))
-        run_stage(f"round {number}, sampling", output, sample_round, settings, before, folder)
+        run_stage(f"round {number}, sampling", output, sample_round, settings, before, folder, begun.template_date)
     settle(folder)
     if not folder.trained.exists():
         if one_sided := report.one_sided(folder):

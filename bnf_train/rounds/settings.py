@@ -12,12 +12,13 @@ from typing import Any
 
 from bnf_train import cli, demo, objectives
 from bnf_train.config import BNFConfig
-from bnf_train.data import Options, Prompt, prompts, read_prompts, read_rows
+from bnf_train.data import RULES, Options, Prompt, Rules, prompts, read_prompts, read_rows
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse, read_yaml
 from bnf_train.model.load import load_tokenizer
 from bnf_train.rounds.files import write_json, write_rows
 from bnf_train.rounds.flags import FORMS, KEEP, OWN, REFUSED
+from bnf_train.rounds.process import LOCK, STAGE_LOCK
 from bnf_train.sample.flags import check_drawing
 
 BEGUN, QUESTIONS = "begun.json", "questions.jsonl"
@@ -25,7 +26,9 @@ DRAWING = ("form", "samples", "temperature", "top_p", "max_new_tokens")
 # of every round's training, unless the command or the --config file says otherwise
 TRAINING = {"save_strategy": "steps", "save_steps": 0.2, "save_total_limit": 1, "show_examples": 0}
 DEMO = {"temperature": 1.0, "max_new_tokens": 40, "prompts_per_round": 400, "output_dir": "runs/demo-rounds"}
-# flags of training that change neither a weight nor a count; every other one must be as it was when a folder was begun
+# what a command may leave that ended before the folder was begun
+BEFORE = {LOCK, STAGE_LOCK, QUESTIONS, *(f".{name}.tmp" for name in (QUESTIONS, BEGUN))}
+# flags of training that change no weight but by rounding; every other one must be as it was when a folder was begun
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "template_date", "show_examples", "tracebacks", "datasets", "run_name"),
     *(
@@ -40,6 +43,10 @@ MAY_CHANGE = {
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "project", "trackio_space_id", "local_rank"),
     *("save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    # how much at once: what is to be lowered where memory is short
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "tokens_per_pass"),
+    *("packing", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
     *("skip_memory_metrics", "hub_token", "push_to_hub_token", "rows_digest", "reference_digest", "model_digest"),
 }
 SOURCES = ("dataset", "check_dataset")  # compared by their rows
@@ -53,6 +60,7 @@ class Settings:
       arguments: flags of `python -m bnf_train`, of every round; they are parsed again in each stage's process.
       drawing: how answers are drawn: flags of `python -m bnf_train.sample`.
       source: rows with prompts.
+      round_caches: reference log-odds are kept by each round and removed behind it; else in --reference_cache.
     """
 
     rounds: int
@@ -62,6 +70,7 @@ class Settings:
     source: str
     drawing: dict[str, Any]
     arguments: list[str]
+    round_caches: bool = True
 
     def config(self) -> BNFConfig:
         """As `python -m bnf_train` reads the flags."""
@@ -79,8 +88,11 @@ def read(parser: cli.Parser, arguments: Sequence[str]) -> Settings:
     first, others = parser.read_known(arguments)
     in_file = {} if first.config is None else read_yaml(first.config)
     in_file = {str(key).replace("-", "_"): value for key, value in in_file.items()}
+    in_file = {key: value for key, value in in_file.items() if value is not None}
     if "prompts" in in_file:
         in_file["dataset"] = in_file.pop("prompts")
+    if isinstance(sources := in_file.get("dataset"), list):
+        in_file["dataset"] = _only(sources)
     named = {argument[2:].partition("=")[0] for argument in others if argument.startswith("--")} | in_file.keys()
     for name in REFUSED:
         if name in named:
@@ -95,7 +107,7 @@ def read(parser: cli.Parser, arguments: Sequence[str]) -> Settings:
     flags += [] if demos else [f"--dataset={own.dataset}"] if own.dataset is not None else []
     settings = Settings(
         own.rounds, own.prompts_per_round, own.keep, Path(own.output_dir).resolve(), "",
-        {name: getattr(own, name) for name in DRAWING}, [*flags, *others],
+        {name: getattr(own, name) for name in DRAWING}, [*flags, *others], "reference_cache" not in named,
     )  # fmt: skip
     config = settings.config()
     _check_training(config, settings)
@@ -115,11 +127,16 @@ def _check(own: argparse.Namespace) -> None:
     check_drawing(own)
 
 
+def _only(sources: Sequence[Any]) -> str:
+    if len(sources) != 1:
+        raise UsageError(f"--dataset: expected one file of prompts, got {len(sources)}; put them into one.")
+    return str(sources[0])
+
+
 def _check_training(config: BNFConfig, settings: Settings) -> None:
     if config.check is None:
         raise UsageError("--check is missing: it says which answers are right (number, exact, contains, or your own function).")
-    if len(config.datasets) > 1:
-        raise UsageError(f"--dataset: expected one file of prompts, got {len(config.datasets)}; put them into one.")
+    _only(config.datasets)
     _, pairwise = objectives.resolve(config.objective, config.hyperparameters)
     if pairwise and settings.drawing["form"] != "pairs":
         raise UsageError(
@@ -139,17 +156,19 @@ class Begun:
       prompts: to be answered and trained on, in their order.
       template_date: the day that templates write.
       again: how many of them are asked as held-out prompts, too.
+      left_out: a sentence for each kind of rows that a rule left out.
     """
 
     prompts: list[Prompt]
     template_date: str
     again: int
+    left_out: list[str]
 
 
 def check_folder(output: Path) -> None:
     """Raises UsageError where the folder holds something else than rounds."""
-    ours = (BEGUN, QUESTIONS)
-    if not output.is_dir() or not any(path.name in ours or path.name.startswith(".") for path in output.iterdir()):
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if BEGUN not in names and not (LOCK in names and names <= BEFORE):
         cli.check_new_folder(output, ", or that of rounds to go on with")
 
 
@@ -161,10 +180,15 @@ def begin(settings: Settings, questions: Path) -> Begun:
     """
     config, path = settings.config(), settings.output / BEGUN
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    options = Options(**config.template_options())
-    found, _ = prompts(read_rows(settings.source), tokenizer, settings.source, options=options)
+    then = json.loads(path.read_text()) if path.exists() else None
+    if then is not None:
+        config.template_date = then["template_date"]
+    rules, options = rules_of(config), Options(**config.template_options())
+    found, counts = prompts(read_rows(settings.source), tokenizer, settings.source, rules, options)
+    counts.unused = []
+    left_out = counts.sentences(rules)
     if config.check_dataset is not None:
-        asked, _ = prompts(read_prompts(config.check_dataset), tokenizer, config.check_dataset, options=options)
+        asked, _ = prompts(read_prompts(config.check_dataset), tokenizer, config.check_dataset, rules, options)
     else:
         found, asked = held_out(found, config.eval_size, config.seed)
     if settings.prompts_per_round > len(found):
@@ -177,14 +201,18 @@ def begin(settings: Settings, questions: Path) -> Begun:
         "rows": {"dataset": _digest(dict(prompt.columns) for prompt in found), "check_dataset": _digest(rows)},
         "template_date": config.template_date,
     }
-    if path.exists():
-        then = json.loads(path.read_text())
+    if then is not None:
         _check_same(then, now, path.parent)
     else:
         write_rows(questions, rows)
         write_json(path, now)
-        then = now
-    return Begun(found, then["template_date"], len({prompt.key for prompt in found} & {prompt.key for prompt in asked}))
+    again = len({prompt.key for prompt in found} & {prompt.key for prompt in asked})
+    return Begun(found, options.date or "", again, left_out)
+
+
+def rules_of(config: BNFConfig) -> Rules:
+    """What is to be done with rows that are not as they should be."""
+    return Rules(**{name: getattr(config, name) for name in RULES})
 
 
 def held_out(found: Sequence[Prompt], size: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -196,8 +224,8 @@ def held_out(found: Sequence[Prompt], size: float, seed: int) -> tuple[list[Prom
     wanted = round(size * len(found)) if size < 1 else int(size)
     if not 1 <= wanted < len(found):
         raise UsageError(
-            f"--eval_size {size:g}: keeps {wanted} of {len(found)} prompts to be asked, both sides need some; change it, or "
-            "pass --check_dataset FILE."
+            f"--eval_size {size:g}: of {len(found)} prompts {wanted} would be asked and {len(found) - wanted} trained on; "
+            "expected at least 1 of each: change it, or pass --check_dataset FILE."
         )
     kept = set(random.Random(seed).sample(range(len(found)), wanted))
     return [p for i, p in enumerate(found) if i not in kept], [p for i, p in enumerate(found) if i in kept]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from bnf_train.data import Prompt, Rules, prompts, read_rows, unrendered
+from bnf_train.data import Options, Prompt, Rules, prompts, read_rows, unrendered
 from bnf_train.errors import UsageError
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.sample.answers import Answers, Partial
@@ -28,23 +29,44 @@ PARTIAL = ".partial.jsonl"  # in place of .jsonl: the answers, until all are the
 OF_MODEL = ("batch_size", "bf16")  # on which answers of --model depend, too
 
 
-def sample(flags: argparse.Namespace, console: Console, keep_answers: bool = False) -> None:
+class NoRows(UsageError):
+    """No row comes of the answers in the form that was asked for."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What `bnf_train.rounds` says of sampling as it does of training; the command has no flags for it.
+
+    Attributes:
+      options: of the chat template, the day that it writes among them.
+      device: None: the accelerator, where there is one.
+      dtype: of the model's weights.
+      autocast: None: by --bf16.
+      keep_answers: the file of all answers with their values stays beside the rows, as `Partial` wrote it.
+    """
+
+    rules: Rules = field(default_factory=Rules)
+    options: Options = field(default_factory=Options)
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    keep_answers: bool = False
+
+
+def sample(flags: argparse.Namespace, console: Console, setting: Setting | None = None) -> None:
     """Writes the rows, and says what was counted.
 
-    Args:
-      keep_answers: the file of all answers with their values stays beside the rows, as `Partial` wrote it.
-
     Raises:
-      UsageError: what cannot be read, drawn, labelled or written.
+      UsageError: what cannot be read, drawn, labelled or written; `NoRows` where no row comes of the answers.
     """
+    setting = setting or Setting()
     output = Path(flags.output)
     if output.exists():
         raise UsageError(f"--output {output}: expected a new file; remove it or pass another.")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: no such folder as {output.parent}; make it first.")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or torch.device("cpu")
-    asked = _prompts(flags, console)
+    device = setting.device or _accelerator()
+    asked = _prompts(flags, console, setting)
     label = _label(flags, asked, device)
     names = (*ASKED, *(OF_MODEL if flags.model is not None else ()))
     arguments = {name: getattr(flags, name) for name in names} | {"rows": _digest(asked)}
@@ -55,31 +77,36 @@ def sample(flags: argparse.Namespace, console: Console, keep_answers: bool = Fal
         quiet = True if flags.disable_tqdm else None  # None: on a terminal only
         with (
             tqdm(total=len(asked), initial=partial.resumed, desc="prompts", disable=quiet) as bar,
-            closing(_drawn(flags, asked, partial, device)) as drawn,  # a server is asked no more where labelling fails
+            closing(_drawn(flags, asked, partial, device, setting)) as drawn,  # a server is asked no more where labelling fails
         ):
             for place, answers in drawn:
                 partial.add(place, answers if label is None else label(asked[place], answers))
                 bar.update()
     found = [partial.found[place] for place in range(len(asked))]
     written = _write(output, asked, found, flags)
-    if not keep_answers:
+    if not setting.keep_answers:
         path.unlink()
     for sentence in sentences(found, written, flags.form, flags.reward_model is not None, flags.max_new_tokens):
         console.print(sentence, markup=False)
     console.print(f"{output}: {written:,} rows ({flags.form}).", markup=False)
 
 
-def _prompts(flags: argparse.Namespace, console: Console) -> list[Prompt]:
+def _accelerator() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def _prompts(flags: argparse.Namespace, console: Console, setting: Setting) -> list[Prompt]:
     try:
         raw = read_rows(flags.prompts)
         if flags.model is None:
             return unrendered(raw, flags.prompts)
         tokenizer = load_tokenizer(flags.model, flags.trust_remote_code)
-        found, counts = prompts(raw, tokenizer, flags.prompts)
+        found, counts = prompts(raw, tokenizer, flags.prompts, setting.rules, setting.options)
     except UsageError as error:
         raise UsageError(str(error).replace("--dataset", "--prompts")) from error
     counts.unused = []
-    for sentence in counts.sentences(Rules()):
+    for sentence in counts.sentences(setting.rules):
         console.print(f"  {sentence}", markup=False)
     context = context_length(flags.model, flags.trust_remote_code)
     fitting = [prompt for prompt in found if context is None or len(prompt.ids) + flags.max_new_tokens <= context]
@@ -102,7 +129,7 @@ def _label(flags: argparse.Namespace, asked: list[Prompt], device: torch.device)
 
 
 def _drawn(
-    flags: argparse.Namespace, asked: list[Prompt], partial: Partial, device: torch.device
+    flags: argparse.Namespace, asked: list[Prompt], partial: Partial, device: torch.device, setting: Setting
 ) -> Generator[tuple[int, Answers], None, None]:
     """Answers to all prompts that have none yet."""
     if len(partial.found) == len(asked):
@@ -113,11 +140,12 @@ def _drawn(
         server = Server(flags.server, flags.server_model, flags.samples, flags.seed, how, flags.concurrency)
         yield from server(asked, set(partial.found))
         return
-    model = load_model(flags.model, flags.trust_remote_code).to(device)
+    model = load_model(flags.model, flags.trust_remote_code, setting.dtype).to(device)
     tokenizer = load_tokenizer(flags.model, flags.trust_remote_code)
+    autocast = setting.autocast or (torch.bfloat16 if flags.bf16 else None)
     yield from from_model(
-        model, tokenizer, asked, set(partial.found), device, torch.bfloat16 if flags.bf16 else None, samples=flags.samples,
-        batch_size=flags.batch_size, seed=flags.seed, max_new_tokens=flags.max_new_tokens, **how,
+        model, tokenizer, asked, set(partial.found), device, autocast, samples=flags.samples, batch_size=flags.batch_size,
+        seed=flags.seed, max_new_tokens=flags.max_new_tokens, **how,
     )  # fmt: skip
 
 
@@ -133,7 +161,7 @@ def _write(output: Path, asked: list[Prompt], found: list[Answers], flags: argpa
     for prompt, answers in zip(asked, found, strict=True):
         made += rows(prompt, answers, flags.form, flags.reward_model is not None)
     if not made:
-        raise UsageError(
+        raise NoRows(
             f"--form {flags.form}: no row comes of these answers, which are empty, or alike for every prompt; they are kept: "
             "the same call with --form singles or groups goes on with them."
         )

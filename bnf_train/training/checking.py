@@ -25,7 +25,7 @@ def ask_untrained(model: Any, tokenizer: Any, questions: Questions, config: BNFC
     """The answers of a model that the trainer has not got yet, each process with the whole of it."""
     with distributed.gathered(model):
         return ask(
-            model.to(config.device), tokenizer, questions, config.device, _autocast(config),
+            model.to(config.device), tokenizer, questions, config.device, autocast(config),
             process=config.process_index, processes=config.world_size, progress=_bar(config, "answers before training"),
         )  # fmt: skip
 
@@ -34,7 +34,7 @@ def ask_trained(trainer: BNFTrainer, questions: Questions, what: str) -> list[As
     """The answers of the model that is trained; every process of a run calls this."""
     config: Any = trainer.args
     found = ask(
-        trainer.model, trainer.processing_class, questions, config.device, _autocast(config),
+        trainer.model, trainer.processing_class, questions, config.device, autocast(config),
         process=config.process_index, processes=config.world_size,
         sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, progress=_bar(config, what),
     )  # fmt: skip
@@ -42,7 +42,8 @@ def ask_trained(trainer: BNFTrainer, questions: Questions, what: str) -> list[As
     return found
 
 
-def _autocast(config: BNFConfig) -> torch.dtype | None:
+def autocast(config: BNFConfig) -> torch.dtype | None:
+    """In what a forward pass multiplies; None: in the weights' own dtype."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bnf_train.config import resumes
-from bnf_train.errors import UsageError
+from bnf_train.errors import UsageError, is_full_disk
 
 PARTIAL = ".checkpoint-partial"
 MANIFEST = "complete.json"
@@ -249,7 +249,7 @@ def naming_a_full_disk(output: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(output / PARTIAL, ignore_errors=True)  # an unfinished checkpoint is useless and takes up space
-        if not _is_full(error):
+        if not is_full_disk(error):
             raise
         kept = checkpoints(output)
         last = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no complete checkpoint yet"
@@ -257,19 +257,6 @@ def naming_a_full_disk(output: Path) -> Iterator[None]:
             f"--output_dir {output}: the disk is full; {last}; make room (or lower --save_total_limit) "
             "and go on with --resume_from_checkpoint True."
         ) from error
-
-
-def _is_full(error: BaseException) -> bool:
-    """Python has an errno, safetensors only a number in its message; torch.save and json chain the first error."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        if getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-            sign in text for sign in ("No space left", f"code: {errno.ENOSPC},", f"code: {errno.EDQUOT},", "os error 28")
-        ):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def _before_the_first(path: Path) -> bool:

@@ -1,14 +1,17 @@
 """python -m bnf_train.rounds: what a kill leaves, what is refused, and a report whose numbers are those of the files."""
 
 import doctest
+import errno
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from statistics import fmean
@@ -20,12 +23,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bnf_train.errors import UsageError
+from bnf_train.errors import Interrupted, UsageError
+from bnf_train.model.generate import greedy_and_sampled
 from bnf_train.rounds import files as of_files
 from bnf_train.rounds import process, report, run, settings, stages
 from bnf_train.rounds.__main__ import main, parser
 from bnf_train.rounds.files import Folder
 from bnf_train.sample import flags as of_sample
+from bnf_train.sample import run as of_sampling
+from bnf_train.training import checkpoint
 
 WORDS = ("sun", "rain", "wind", "snow", "hail", "fog", "dew", "ice")
 PROMPTS = [{"prompt": word, "answer": word[0], "group": "abc"[i % 2]} for i, word in enumerate(WORDS)]
@@ -66,6 +72,10 @@ def patched(patch: pytest.MonkeyPatch) -> list[str]:
 
     patch.setattr(run, "run_stage", here)
     return ran
+
+
+class Killed(BaseException):
+    """In place of a signal, where stages run in this process."""
 
 
 def in_child(arguments: list[str]) -> None:
@@ -142,12 +152,14 @@ def entropy(model: Path, tokenizer: Any, lines: list[dict[str, Any]]) -> float:
     values: list[float] = []
     loaded = AutoModelForCausalLM.from_pretrained(model)
     for line in lines:
-        asked = [{"role": "user", "content": line["prompt"]}]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        for text, cut in zip(line["answers"][1:], line["cut"][1:], strict=True):
-            ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * (not cut)
+        chat = [{"role": "user", "content": line["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        how = {"samples": 2, "temperature": 1.0, "max_new_tokens": 5, "seed": 3, "places": [line["number"] - 1]}
+        drawn = greedy_and_sampled(loaded, tokenizer, [prompt], torch.device("cpu"), **how)[0]
+        assert [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in drawn] == line["answers"]
+        for answer in drawn[1:]:
             with torch.no_grad():
-                logits = loaded(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+                logits = loaded(input_ids=torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1].double()
             logp = logits.log_softmax(-1)
             values += (-(logp.exp() * logp).sum(-1)).tolist()
     return fmean(values)
@@ -159,9 +171,6 @@ def test_a_kill_between_any_two_stages_changes_nothing_and_rounds_may_grow(
     assert main(flags("whole", "--prompts_per_round=5")) == 0
     expected, stage = content(tmp_path / "whole"), run.run_stage
     at_once.clear()
-
-    class Killed(BaseException):
-        pass
 
     def one_stage(*arguments: Any) -> None:
         stage(*arguments)
@@ -264,6 +273,7 @@ def test_pairs_of_a_round_whose_answers_are_all_alike_are_one_sentence(
     assert main(flags("out", "--objective=dpo", "--form=pairs", right="True")) == 2
     message = capsys.readouterr().err
     assert "no row comes of these answers" in message
+    assert "begin a new --output_dir" in message  # another --form would be refused in this one
     assert message.count("\n") == 1
 
 
@@ -346,12 +356,153 @@ def test_prompts_to_be_asked_are_kept_where_no_others_are_named(flags: Callable[
     assert sorted([*kept, *answered]) == sorted(WORDS)
 
 
-def test_prompts_that_are_trained_on_and_asked_are_counted(
-    flags: Callable[..., list[str]], tmp_path: Path, write_rows: Callable[..., Path]
+def test_prompts_that_are_trained_on_and_asked_are_counted_and_the_report_says_so(
+    flags: Callable[..., list[str]], at_once: list[str], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
     both = write_rows([*PROMPTS[2:5], {"prompt": "moon", "answer": "m"}], "both.jsonl")
-    given = settings.read(parser(), flags("out", f"--check_dataset={both}"))
-    assert settings.begin(given, tmp_path / "out" / "questions.jsonl").again == 3
+    given = settings.read(parser(), flags("both", f"--check_dataset={both}"))
+    assert settings.begin(given, tmp_path / "both" / "questions.jsonl").again == 3
+    assert main(flags("out", "--rounds=1")) == 0
+    page = tmp_path / "out" / "report.html"
+    assert "held-out prompts, never trained on and the same each time" in page.read_text()
+    report.write(tmp_path / "out", 1, 3)
+    assert "3 of the prompts to be asked are trained on, too." in page.read_text()
+    assert "never trained on" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "ours"),
+    [
+        ((), True),
+        ((".lock",), True),
+        ((".lock", ".stage-lock", "questions.jsonl", ".begun.json.tmp"), True),
+        (("begun.json", "round-1"), True),
+        ((".git", "thesis.tex"), False),
+        (("questions.jsonl",), False),
+        ((".lock", "questions.jsonl", "thesis.tex"), False),
+    ],
+)
+def test_a_folder_is_gone_on_with_only_where_rounds_have_begun_it(names: tuple[str, ...], ours: bool, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / "out" / name).mkdir(parents=True)
+    if ours:
+        settings.check_folder(tmp_path / "out")
+    else:
+        with pytest.raises(UsageError, match="expected a new or empty folder"):
+            settings.check_folder(tmp_path / "out")
+
+
+def killed_while_it_samples(arguments: list[str]) -> None:
+    """Ends once the answers to the first prompts are kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        add = of_sampling.Partial.add
+
+        def first(self: Any, *more: Any) -> None:
+            add(self, *more)
+            raise Killed
+
+        patch.setattr(of_sampling.Partial, "add", first)
+        with pytest.raises(Killed):
+            main(arguments)
+
+
+def test_a_template_writes_the_day_on_which_the_folder_was_begun(
+    flags: Callable[..., list[str]], at_once: list[str], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model_folder / "chat_template.jinja"
+    path.write_text("{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + path.read_text())
+    draw, seen = of_sampling.from_model, list[str]()
+
+    def spied(model: Any, tokenizer: Any, prompts: Any, *more: Any, **how: Any) -> Any:
+        seen.extend(tokenizer.decode(prompt.ids) for prompt in prompts)
+        return draw(model, tokenizer, prompts, *more, **how)
+
+    monkeypatch.setattr(of_sampling, "from_model", spied)
+    killed_while_it_samples(flags("out", "--rounds=1", "--template_date=2020-02-03"))
+    assert main(flags("out", "--rounds=1")) == 0  # on another day
+    assert len(seen) == 2 * len(PROMPTS)
+    assert all("03 Feb 2020" in text for text in seen)
+
+
+def test_what_is_computed_at_once_may_change(
+    flags: Callable[..., list[str]], at_once: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_while_it_samples(flags("out", "--rounds=1"))
+    less = ["--per_device_eval_batch_size=1", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"]
+    less += ["--tokens_per_pass=100", "--packing=false", "--gradient_checkpointing=true"]
+    assert main(flags("out", "--rounds=1", *less)) == 0
+    assert "3 answers are drawn at once, 6 were" in capsys.readouterr().out
+    first = json.loads(Folder(tmp_path / "out", 1).answers.read_text().partition("\n")[0])
+    assert first["arguments"]["batch_size"] == 3
+
+
+def test_rules_for_rows_are_those_of_training(
+    flags: Callable[..., list[str]], at_once: list[str], tmp_path: Path, write_rows: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    arguments = flags("out", "--rounds=1")
+    write_rows([*PROMPTS[:5], {"prompt": 5}, {"prompt": "<|im_start|>user\nmoon<|im_end|>\n"}], "prompts.jsonl")
+    assert main(arguments) == 2
+    assert "row 6" in (message := capsys.readouterr().err)
+    assert "pass --malformed drop" in message
+    assert main([*arguments, "--malformed=drop", "--already_rendered=as_is"]) == 0
+    assert "1 rows dropped as malformed (--malformed drop): row 6" in capsys.readouterr().out
+    assert "moon" in Folder(tmp_path / "out", 1).rows.read_text()
+
+
+def test_a_full_disk_is_a_sentence_that_fits_the_rounds(
+    tmp_path: Path, forks: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process.multiprocessing, "get_context", lambda method: forks)
+    with pytest.raises(UsageError, match=r"^round 1, training: the disk is full; make room, and the same command goes on\.$"):
+        process.run_stage("round 1, training", tmp_path, fill_the_disk, tmp_path / "model")
+    with pytest.raises(UsageError, match="the disk is full; make room"), process.alone(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def fill_the_disk(output: Path) -> None:
+    with checkpoint.naming_a_full_disk(output):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_reference_cache_in_the_file_is_used(
+    flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, used = tmp_path / "run.yaml", list[Any]()
+
+    def training(config: Any) -> None:
+        used.append(config.reference_cache)
+        raise Killed
+
+    monkeypatch.setattr(stages, "run", training)
+    folder = Folder(tmp_path / "out", 1)
+    for text in (f"reference_cache: {tmp_path / 'cache'}", "reference_cache: null"):
+        path.write_text(text)
+        given = settings.read(parser(), [*flags("out"), f"--config={path}"])
+        with pytest.raises(Killed):
+            stages.train_round(given, "model", folder, "2020-02-03")
+    assert used == [str(tmp_path / "cache"), str(folder.reference)]
+
+
+def test_sampling_takes_device_and_precision_of_training(
+    flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = list[Any]()
+
+    def sampling(flags: Any, console: Any, setting: Any) -> None:
+        found.append(setting)
+
+    monkeypatch.setattr(stages, "sample", sampling)
+    given = settings.read(parser(), [flag for flag in flags("out") if not flag.startswith("--bf16")])
+    for dtype, bf16, fp16, autocast in (
+        ("float32", False, False, None), ("float32", True, False, torch.bfloat16), ("bfloat16", False, True, torch.float16)
+    ):  # fmt: skip
+        config = given.config()
+        config.dtype, config.bf16, config.fp16 = dtype, bf16, fp16
+        monkeypatch.setattr(settings.Settings, "config", lambda self, config=config: config)
+        stages.sample_round(given, "model", Folder(tmp_path / "out", 1), "2020-02-03")
+        setting = found.pop()
+        assert (setting.device, setting.dtype, setting.autocast) == (torch.device("cpu"), getattr(torch, dtype), autocast)
 
 
 def test_a_file_has_flags_of_every_kind(flags: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -365,6 +516,17 @@ def test_a_file_has_flags_of_every_kind(flags: Callable[..., list[str]], tmp_pat
     path.write_text(path.read_text() + "samplles: 3\n")
     with pytest.raises(UsageError, match="unknown key samplles"):
         settings.read(parser(), [f"--config={path}"])
+
+
+def test_a_list_of_prompts_in_a_file_has_one_name(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    path, source = tmp_path / "run.yaml", str(tmp_path / "prompts.jsonl")
+    arguments = [flag for flag in flags("out") if not flag.startswith("--dataset")]
+    for name in ("dataset", "prompts"):
+        path.write_text(yaml.safe_dump({name: [source]}))
+        assert settings.read(parser(), [*arguments, f"--config={path}"]).source == source
+        path.write_text(yaml.safe_dump({name: [source, source]}))
+        with pytest.raises(UsageError, match=r"^--dataset: expected one file of prompts, got 2; put them into one\.$"):
+            settings.read(parser(), [*arguments, f"--config={path}"])
 
 
 def test_a_stage_has_a_process_of_its_own_and_what_it_says_comes_back(
@@ -389,6 +551,72 @@ def refuse() -> None:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def survives() -> Iterator[None]:
+    """A SIGTERM that nobody takes does not end the tests."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def terminated_once(there: Callable[[], bool]) -> Iterator[None]:
+    """SIGTERM to this process once something is there."""
+
+    def wait() -> None:
+        until = time.monotonic() + children.HANGS
+        while not there() and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_sigterm_in_training_is_a_checkpoint_and_the_same_command_goes_on(
+    flags: Callable[..., list[str]], tmp_path: Path, forks: ForkServerContext, monkeypatch: pytest.MonkeyPatch,
+    survives: None, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(process.multiprocessing, "get_context", lambda method: forks)
+    said = list[str]()
+
+    def spied(*arguments: Any) -> None:
+        try:
+            process.run_stage(*arguments)
+        except Interrupted as stop:
+            said.append(str(stop))
+            raise
+
+    monkeypatch.setattr(run, "run_stage", spied)
+    arguments, folder = flags("out", "--rounds=1", "--num_train_epochs=300"), Folder(tmp_path / "out", 1)
+    with terminated_once(lambda: bool(checkpoint.checkpoints(folder.model))):
+        assert main(arguments) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "Stopped; the same command goes on from here.\n"
+    last = checkpoint.checkpoints(folder.model)[-1]
+    assert said[0].startswith("SIGTERM: saved ")
+    assert checkpoint.damage(last) is None
+    assert not folder.trained.exists()
+
+
+def test_sigterm_to_another_stage_or_between_two_is_the_end(
+    tmp_path: Path, forks: ForkServerContext, monkeypatch: pytest.MonkeyPatch, survives: None
+) -> None:
+    monkeypatch.setattr(process.multiprocessing, "get_context", lambda method: forks)
+    pid = tmp_path / "pid"
+    with terminated_once(pid.exists), pytest.raises(Interrupted, match="SIGTERM: the same command goes on") as stopped:
+        process.run_stage("round 1, sampling", tmp_path, write_pid_and_sleep, pid)
+    assert stopped.value.code == 143
+    with pytest.raises(Interrupted), process.alone(tmp_path / "out"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def write_pid_and_sleep(path: Path) -> None:
+    write_pid(path)
+    time.sleep(20)
 
 
 def test_doctests() -> None:

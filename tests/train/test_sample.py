@@ -13,18 +13,21 @@ from urllib.error import HTTPError
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from bnf_train.data import Prompt, prompts, read_rows, tokenize, unrendered
+from bnf_train.data import Options, Prompt, Rules, prompts, read_rows, tokenize, unrendered
 from bnf_train.errors import UsageError
 from bnf_train.model.generate import generate
 from bnf_train.model.load import load_model
 from bnf_train.sample import __main__ as command
 from bnf_train.sample import labels, local, server
 from bnf_train.sample import rows as forms
+from bnf_train.sample import run as of_calls
 from bnf_train.sample.__main__ import main, parse
 from bnf_train.sample.answers import Answers
 from bnf_train.sample.labels import rewards
+from bnf_train.sample.run import Setting, sample
 
 Write = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -121,6 +124,29 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(
     assert main(asked(cut)) == 0
     assert cut.read_bytes() == whole.read_bytes()
     assert (f"answers to {there} prompts are there" in capsys.readouterr().out) == (there > 0)
+
+
+def test_rules_template_device_and_precision_may_be_given_from_python(
+    model_folder: Path, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "dated.jinja"
+    dated = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}"
+    template.write_text(dated + (model_folder / "chat_template.jinja").read_text())
+    source, seen = write_rows([{"prompt": 5}, ROWS[0]], "prompts.jsonl"), list[Any]()
+
+    def spied(model: Any, tokenizer: Any, asked: Any, there: Any, device: Any, autocast: Any, **how: Any) -> Any:
+        seen.append((tokenizer.decode(asked[0].ids), len(asked), model.device, model.dtype, device, autocast))
+        return local.from_model(model, tokenizer, asked, there, device, autocast, **how)
+
+    monkeypatch.setattr(of_calls, "from_model", spied)
+    flags = parse(["--model", str(model_folder), "--prompts", str(source), "--output", str(tmp_path / "rows.jsonl"), *SMALL])
+    options = Options(str(template), date="2020-02-03")
+    setting = Setting(Rules(malformed="drop"), options, CPU, torch.bfloat16, torch.float16, keep_answers=True)
+    sample(flags, Console(quiet=True), setting)
+    ((text, *other),) = seen
+    assert "03 Feb 2020" in text
+    assert other == [1, CPU, torch.bfloat16, CPU, torch.float16]
+    assert (tmp_path / "rows.partial.jsonl").exists()
 
 
 def test_another_form_of_the_answers_that_are_there(
