@@ -199,8 +199,8 @@ def arms(options: Mapping[str, Any], common: Mapping[str, Any], output: Path) ->
                 names.add(folder)
                 chosen = [f"--objective={objective}", *(f"--{word}" for word in own), f"--seed={seed}"]
                 chosen += [f"--learning_rate={rate}"] if rate is not None else []
-                own = [word.replace(SEED, str(seed)) for word in [*flags, *chosen]]
-                arguments = [f"--config={output / 'common.yaml'}", *own, f"--output_dir={folder}"]
+                all_flags = [word.replace(SEED, str(seed)) for word in [*flags, *chosen]]
+                arguments = [f"--config={output / 'common.yaml'}", *all_flags, f"--output_dir={folder}"]
                 yield Arm(name, seed, folder, arguments, shared)
 
 
