@@ -95,7 +95,7 @@ LAZY = ("bnf_train/cli.py", "__main__.py")  # files that may import inside funct
 PRIVATE: dict[str, list[str]] = {
     "_make": ["bnf_core/batch.py"],  # of named tuples
     "_asdict": ["bnf_core/batch.py"],
-    "_exit": ["bnf_train/processes.py", "bnf_train/training/resume.py"],  # of os
+    "_exit": ["bnf_train/compare/process.py", "bnf_train/processes.py", "bnf_train/training/resume.py"],  # of os
     "_current_level": ["bnf_core/head/__init__.py"],  # torch: inside forward mode, inside a tracer
     "_dynamo": ["bnf_core/head/__init__.py"],
     "_is_amx_tile_supported": ["bnf_core/head/products.py"],

@@ -251,7 +251,7 @@ def head_workspace(
       >>> import torch
       >>> held = head_workspace(8192, 4096, 128256, hidden_dtype=torch.bfloat16, weight_dtype=torch.bfloat16, gpu=True)
       >>> {name: size // 2**20 for name, size in held.items() if size}  # doctest: +NORMALIZE_WHITESPACE
-      {'logits of a tile': 16, 'exponentials': 2004, 'hidden states, scaled': 64, 'float32 sum of dhidden': 32}
+      {'logits of a tile': 64, 'exponentials': 2004, 'hidden states, scaled': 64, 'float32 sum of dhidden': 32}
     """
     options = HeadOptions(softcap, 1.0, compute or torch.promote_types(hidden_dtype, weight_dtype), None, exact)
     sizes = layout(
