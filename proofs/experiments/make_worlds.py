@@ -1,7 +1,7 @@
 """Make the small worlds of the experiments: a model, its checked samples and questions for each seed, and rows made of them.
 
     pip install reasoning-gym                           # the extra "demo"
-    python proofs/experiments/make_worlds.py            # seeds 1 to 5, into runs/worlds/SEED; about five minutes each on a core
+    python proofs/experiments/make_worlds.py            # seeds 1 to 5, into runs/worlds/SEED; five to ten minutes each
 
 `bnf_train.demo.make_world` draws each world anew: pretraining data, weights, questions, samples. Beside its
 preferences.jsonl (every sample of the model, right ones preferred) come, all of the same samples but for the last two:

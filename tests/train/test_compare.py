@@ -39,16 +39,18 @@ def flags(model_folder: Path, rows: Path, output: Path, *more: str) -> list[str]
     return [*first, f"--output_dir={output}", "--eval_size=2", "--disable_tqdm=true", *own, *more]
 
 
-@pytest.mark.usefixtures("rendered")
+@pytest.fixture
+def forked(forks: ForkServerContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms begin in processes that have imported everything; without it as they do for a user."""
+    monkeypatch.setattr("bnf_train.compare.process.multiprocessing.get_context", lambda method: forks)
+
+
+@pytest.mark.usefixtures("rendered", "forked")
 def test_arms_run_once_and_the_report_is_of_what_they_left(
     model_folder: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,
-    forks: ForkServerContext,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # in the next test they start as they do for a user
-    monkeypatch.setattr("bnf_train.compare.process.multiprocessing.get_context", lambda method: forks)
     output, rows = tmp_path / "out", write_rows(PAIRS)
     probe = tmp_path / "probe.txt"
     probe.write_text("Rivers run to the sea.\n\nBread is baked.\n")
@@ -97,15 +99,13 @@ def test_an_arm_is_the_run_of_bnf_train_with_its_flags(
     assert arm["losses"] == [entry["loss"] for entry in log if "loss" in entry]
 
 
+@pytest.mark.usefixtures("forked")
 def test_arms_side_by_side_are_those_in_turn_and_seeds_have_their_own_files(
     model_folder: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,
-    forks: ForkServerContext,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """--jobs changes nothing that is measured; {seed} is the arm's; no probe, no perplexity; the start once a seed."""
-    monkeypatch.setattr("bnf_train.compare.process.multiprocessing.get_context", lambda method: forks)
     for seed in (0, 1):
         write_rows(PAIRS[seed:]).rename(tmp_path / f"rows{seed}.jsonl")
     given = [*flags(model_folder, tmp_path / "rows{seed}.jsonl", tmp_path / "out")[1:], "--probe=none", "--responses=0"]
@@ -131,14 +131,12 @@ def test_arms_side_by_side_are_those_in_turn_and_seeds_have_their_own_files(
     assert results[1][0] != results[1][2]  # other rows
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_killed_arm_is_one_line_and_the_others_go_on(
     model_folder: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,
-    forks: ForkServerContext,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bnf_train.compare.process.multiprocessing.get_context", lambda method: forks)
     own = tmp_path / "own.py"
     own.write_text(
         "import multiprocessing, os\n\n\ndef dies(log_odds, batch):\n    if multiprocessing.parent_process():\n"
