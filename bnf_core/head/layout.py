@@ -25,9 +25,10 @@ class Budget:
 
 # A CPU's tile stays in its cache. A GPU's takes its products longer than the host takes to launch what a tile needs, about
 # 40 us for each of three operations: with tiles of 16 MiB, which an L2 cache holds, an H100 took 1.9 times the bare products at
-# Llama-3's shape and 12 times at SmolLM2's, most likely waiting for the host (not profiled). Its chunk keeps dweight's product bound by arithmetic: a float32
-# sum of dweight is read and written once a chunk, 8 bytes for 2 C operations an entry, so C >= 4 * (operations per second) /
-# (bytes per second), 943 tokens on an H100. 2,048 do it anywhere.
+# Llama-3's shape and 12 times at SmolLM2's, most likely waiting for the host (not profiled).
+# A GPU's chunk keeps dweight's product bound by arithmetic: a float32 sum of dweight is read and written once a chunk, 8 bytes
+# for 2 C operations an entry, so C >= 4 * (operations per second) / (bytes per second), 943 tokens on an H100. 2,048 do it
+# anywhere.
 BUDGETS = {"cpu": Budget(56 * MIB, 4 * MIB, 8 * MIB), "gpu": Budget(1024 * MIB, 64 * MIB, 64 * MIB, tokens=2048)}
 WIDEST = 2**15  # entries of the vocabulary in a GPU's tile of a few tokens
 
