@@ -357,7 +357,7 @@ def main() -> None:
         (HERE / "RESULTS.md").write_text(page(results), encoding="utf-8")
         figure(results).savefig(HERE / "frontier.png", dpi=110)
     else:
-        print(page(results))
+        print(page(results), end="")
 
 
 if __name__ == "__main__":
