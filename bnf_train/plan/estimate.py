@@ -30,6 +30,7 @@ from bnf_train.plan.size import build, size_of
 from bnf_train.plan.trace import trace
 from bnf_train.plan.work import (
     Data,
+    answers,
     attention_flops,
     backbone_flops,
     counted,
@@ -127,6 +128,7 @@ def plan(config: BNFConfig, flags: argparse.Namespace) -> dict[str, Any]:
         "steps": steps,
         "epochs": epochs,
         "tokens": round(data.epoch.tokens * epochs),
+        "checked": answers(config, data.held_out, steps),
         "flops": flops | {"total": total},
         "gpu_hours": gpu_hours(total, flags.peak_tflops, flags.utilization),
         "utilization": flags.utilization,

@@ -20,6 +20,10 @@ def tables(result: dict[str, Any]) -> Iterator[RenderableType]:
     paper = f"{result['paper_gpu_hours']} A100-hours for {result['paper_model']}"
     if result["paper_utilization"] is not None:
         paper += f"; these FLOPs in that time are {result['paper_utilization']:.0%} of an A100's {PAPER_TFLOPS:g} TFLOP/s"
+    asked = []
+    if checked := result["checked"]:
+        most = f"{checked['times']} times {checked['answers']:,}, at most {checked['tokens']:,} tokens"
+        asked = [("answers checked", f"{most}; not in what follows")]
     for name, value in (
         ("model", result["model"]),
         ("parameters", f"{sizes['total']:,}, all trainable; LoRA {sizes['trainable']['lora']:,}"),
@@ -30,6 +34,7 @@ def tables(result: dict[str, Any]) -> Iterator[RenderableType]:
         ("largest micro-batch", f"{data['positions']['cuda']:,} positions; on a CPU {data['positions']['cpu']:,} at a time"),
         ("optimizer steps", f"{result['steps']:,} of {result['rows_per_step']} rows: {result['epochs']:.3g} epochs"),
         ("tokens in all", f"{result['tokens']:,}"),
+        *asked,
         *((f"FLOPs, {name}", f"{value:.3e}") for name, value in flops.items()),
         ("GPU-hours", hours),
         ("the paper's", paper),

@@ -42,6 +42,7 @@ class Data:
     epoch: Work
     reference: Work  # held-out rows, too
     batches: dict[str, dict[str, Tensor]]  # the largest micro-batch ("cuda"), and the largest pass of one process ("cpu")
+    held_out: int | None = None  # prompts, where they are counted
 
     @property
     def positions(self) -> dict[str, int]:
@@ -77,6 +78,7 @@ def counted(rows: Sequence[Row], held_out: Sequence[Row], config: BNFConfig, col
         epoch=work,
         reference=Work.of([*rows, *held_out], config.per_device_eval_batch_size if collator.share_prompts else 0),
         batches=largest(batches, config),
+        held_out=len({row.prompt for row in held_out}),
     )
 
 
@@ -97,6 +99,16 @@ def estimated(rows: int, prompt: int, response: int, config: BNFConfig, collator
         reference=work,
         batches=largest([collator([pair] * config.per_device_train_batch_size)], config),
     )
+
+
+def answers(config: BNFConfig, held_out: int | None, steps: int) -> dict[str, int] | None:
+    """What --check asks for at most: every prompt, each answer as long as it may be."""
+    if config.check is None:
+        return None
+    prompts = config.check_rows if config.check_dataset or held_out is None else min(config.check_rows, held_out)
+    times = 2 + (max(steps - 1, 0) // config.check_steps if config.check_steps else 0)  # before, after, and in between
+    each = prompts * (1 + config.check_samples)
+    return {"times": times, "answers": each, "tokens": times * each * config.check_max_new_tokens}
 
 
 # --- operations ---

@@ -19,6 +19,7 @@ EXPERIMENTS = ROOT / "proofs" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import claims  # type: ignore[import-not-found]  # noqa: E402
+import make_gsm8k  # type: ignore[import-not-found]  # noqa: E402
 import measured  # type: ignore[import-not-found]  # noqa: E402
 
 RECIPES = sorted(EXPERIMENTS.glob("*.yaml"))
@@ -95,3 +96,21 @@ def test_every_arm_of_a_recipe_is_flags_that_a_run_takes(recipe: Path, tmp_path:
         config = parse(arm.arguments)
         assert "{seed}" not in str(vars(config))
         assert config.seed == 1
+
+
+def test_solutions_to_hold_out_are_of_other_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*flags: str) -> dict[str, list[dict[str, Any]]]:
+        monkeypatch.setattr(sys, "argv", ["make_gsm8k.py", "--output_dir", str(tmp_path), *flags])
+        make_gsm8k.main()
+        return {path.stem: [json.loads(line) for line in path.open(encoding="utf-8")] for path in tmp_path.iterdir()}
+
+    rows = made("--questions", "1000", "--held_out", "59")
+    asked = [json.loads(line) for line in (EXPERIMENTS / "data" / "gsm8k_check.jsonl").open(encoding="utf-8")]
+    questions = {name: {row["prompt"] for row in of} for name, of in rows.items()} | {"asked": {row["prompt"] for row in asked}}
+    assert {name: len(of) for name, of in questions.items() if name != "right"} == {"train": 1000, "held_out": 59, "asked": 200}
+    assert not questions["train"] & questions["held_out"]
+    assert not questions["asked"] & (questions["train"] | questions["held_out"])
+    assert len(rows["train"]) == 4000
+    assert rows["right"] == [row for row in rows["train"] if row["label"]]
+    with pytest.raises(SystemExit):
+        made("--questions", "1000", "--held_out", "60")

@@ -203,6 +203,23 @@ def test_memory_is_that_of_a_measured_run_of_a_real_model(
     assert full["total"] == pytest.approx(peak_of_a_run(*flags), rel=0.15)
 
 
+def test_answers_to_check_are_counted_at_their_longest(
+    model_folder: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = str(write_rows([row | {"answer": "1"} for row in PAIRS]))
+    flags = ["--model", str(model_folder), "--dataset", rows, "--eval_size", "3", "--batch_size", "1"]
+    assert planned(capsys, *flags)["checked"] is None
+    flags += ["--check", "number", "--check_max_new_tokens", "7", "--check_samples", "2"]
+    found = planned(capsys, *flags)
+    assert found["checked"] == {"times": 2, "answers": 3 * 3, "tokens": 2 * 9 * 7}  # three prompts are held out
+    assert found["steps"] == 5
+    assert planned(capsys, *flags, "--check_steps", "2")["checked"]["times"] == 4  # after steps 2 and 4, too
+    assert planned(capsys, *flags, "--check_steps", "5")["checked"]["times"] == 2  # the last is the one after training
+    assert planned(capsys, *flags, "--check_dataset", "other.jsonl")["checked"]["answers"] == 200 * 3
+    assert plan.main(flags) == 0
+    assert "2 times 9, at most 126 tokens; not in what follows" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_max_steps_limits_everything(
     model_folder: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
