@@ -1,6 +1,6 @@
 """Solutions of GSM8K to train on, the right ones of them, and solutions of other questions to hold out, for gsm8k.yaml.
 
-    python proofs/experiments/make_gsm8k.py [--questions 128] [--held_out 32] [--output_dir runs/gsm8k/data]
+    python proofs/experiments/make_gsm8k.py [--questions 128] [--held_out 32] [--output_dir runs/gsm8k_solutions]
 
 takes the first questions of data/gsm8k.jsonl.gz, each with its four solutions; 1,027 and 32 are all that there are.
 """
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=128, help="questions to train on (default: 128)")
     parser.add_argument("--held_out", type=int, default=32, help="questions to hold out (default: 32)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k/data"), help="default: runs/gsm8k/data")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k_solutions"), help="default: runs/gsm8k_solutions")
     options = parser.parse_args()
     found = questions()
     if min(options.questions, options.held_out) < 1 or options.questions + options.held_out > len(found):
