@@ -112,7 +112,7 @@ class BNFConfig(Output, Checks, LoRA, Training, Objective, Model, Rows, Data, Tr
         if self.streaming:
             raise UsageError(f"--streaming: not possible, because {WHY_NOT_STREAMED}; leave it out: rows are read from disk.")
         for name, good, expected in (
-            ("template_date", self.template_date is None or _is_day(self.template_date), "a day as YYYY-MM-DD"),
+            ("template_date", self.template_date is None or is_day(self.template_date), "a day as YYYY-MM-DD"),
             ("max_length", self.max_length >= 2, "at least 2 tokens"),
             ("lora_r", self.lora_r >= 1, "a rank of at least 1"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "a share from 0 to below 1"),
@@ -207,7 +207,8 @@ def bf16_in_hardware(use_cpu: bool) -> bool:
     return multiplies(torch.bfloat16, "cpu")
 
 
-def _is_day(text: str) -> bool:
+def is_day(text: str) -> bool:
+    """Whether it is a day as YYYY-MM-DD."""
     try:
         return bool(datetime.date.fromisoformat(text))
     except ValueError:

@@ -316,6 +316,7 @@ RARE = {  # flags for --help_all alone
     *("lora_kwargs", "lora_modules_to_save", "share_prompts", "template_date", "chat_template_kwargs", "no_reference_cache"),
     *("check_rows", "check_samples", "check_temperature", "check_max_new_tokens", "check_steps"),
 }
+READING = ("train_on", "chat_template", "chat_template_kwargs", "template_date")  # and all of Rows
 GROUPS = (Data, Rows, Model, Objective, Training, LoRA, Checks, Output)
 # transformers' own that everyone uses, as --help shows them under a group: what stands behind the flag, and what it does
 THEIRS: dict[type, dict[str, tuple[str, str]]] = {
@@ -371,6 +372,17 @@ def _rows(options: type) -> Iterator[tuple[str, str, str]]:
 def _add(group: Any, name: str, value: str, text: str) -> None:
     how: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
     group.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how rows become tokens, for another command's parser."""
+    group = parser.add_argument_group("how rows become tokens", f"As {PROG} reads them; its --help_all says more.")
+    of_data: tuple[Field[Any], ...] = fields(Data)
+    of_rows: tuple[Field[Any], ...] = fields(Rows)
+    for option in (*(option for option in of_data if option.name in READING), *of_rows):
+        text, choices = _first_sentence(option.metadata["help"]).replace("%", "%%"), option.metadata.get("choices")
+        shown = {} if choices else {"metavar": option.metadata["metavar"]}
+        group.add_argument(f"--{option.name}", default=option.default, choices=choices, help=text, **shown)
 
 
 def _first_sentence(text: str) -> str:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnf_train import cli
+from bnf_train import cli, options
 from bnf_train.errors import UsageError
 
 
@@ -48,9 +48,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--bf16", nargs="?", const="true", default="false", choices=("true", "false"), help="multiply in bf16, by autocast")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
     add("--debug", action="store_true", help="show the traceback of an error")
+    options.add_reading(parser)
     flags = parser.read(arguments)
     if flags.check is None and flags.check_dataset is not None:
         raise UsageError("--check_dataset: has no effect without --check; add it, or leave it out.")
+    if flags.greedy and flags.train_on != "last":
+        raise UsageError(f"--train_on {flags.train_on}: a greedy response is one turn; leave it out, or --greedy.")
     if not flags.check_temperature > 0:
         raise UsageError(f"--check_temperature: expected more than 0, got {flags.check_temperature}.")
     for name in ("check_samples", "seed"):

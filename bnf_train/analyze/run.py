@@ -15,6 +15,7 @@ from bnf_train import data
 from bnf_train.analyze.figures import DISPLACEMENT, METRICS
 from bnf_train.analyze.shifts import Sample, Scores, bins, report_of, scores, shifts
 from bnf_train.checks import Asked
+from bnf_train.config import is_day, json_object
 from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
 from bnf_train.model.answers import Questions, ask, counted, read_questions
@@ -24,6 +25,7 @@ from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_tokenizer
 from bnf_train.model.lora import base_of, errors_about, load_merged
 from bnf_train.model.probe import can_pack, can_share_prompts
+from bnf_train.rules import RULES
 
 
 def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -34,10 +36,13 @@ def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise UsageError(f"--bins_of {bins_of}: expected the name of a policy, one of {', '.join(names)}.")
     tokenizer = _tokenizer(flags.reference, "--reference", flags)
     for path in flags.policy:
-        if _tokenizer(path, "--policy", flags).get_vocab() != tokenizer.get_vocab():
+        of_policy = _tokenizer(path, "--policy", flags)
+        if of_policy.get_vocab() != tokenizer.get_vocab():
             raise UsageError(
                 f"--policy {path}: its tokenizer has another vocabulary than --reference's; use models of one family."
             )
+        if of_policy.chat_template != tokenizer.chat_template and flags.chat_template is None:
+            console.print(f"--policy {path}: its chat template is not --reference's, which is used (--chat_template).")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device, autocast = device or torch.device("cpu"), torch.bfloat16 if flags.bf16 == "true" else None
     given = _data(flags, tokenizer, console)
@@ -105,6 +110,7 @@ def _questions(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
     with errors_about(flag, source):
         return read_questions(
             flags.check, source, [], tokenizer, console, rows=flags.check_rows, context=_context(flags),
+            rules=_rules(flags), options=_template(flags),
             samples=flags.check_samples, temperature=flags.check_temperature, max_new_tokens=flags.check_max_new_tokens,
             seed=flags.seed, batch_size=flags.batch_size,
         )  # fmt: skip
@@ -168,8 +174,10 @@ def _data(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console
     with errors_about("--data", flags.data):
         raw = (data.read_rows(flags.data, "test") if data.has_splits(flags.data) else []) or data.read_rows(flags.data)
         raw = raw[: flags.rows]
-        rules = data.Rules(empty="drop") if flags.greedy else data.Rules()
-        rows, counts = data.tokenize(raw, tokenizer, flags.max_length, flags.data, rules)
+        rules = _rules(flags)
+        if flags.greedy:
+            rules["empty"] = "drop"
+        rows, counts = data.tokenize(raw, tokenizer, flags.max_length, flags.data, rules, _template(flags), flags.train_on)
     for sentence in counts.sentences(rules):
         console.print(f"  {sentence}")
     if flags.greedy:
@@ -178,6 +186,17 @@ def _data(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console
     tokens = sum(response.tokens for response, _ in pairs)
     console.print(f"{flags.data}: {len(pairs):,} responses of {len(rows):,} rows, {tokens:,} tokens.")
     return Sample([response for response, _ in pairs], [number for _, number in pairs])
+
+
+def _rules(flags: argparse.Namespace) -> data.Rules:
+    return data.Rules(**{name: getattr(flags, name) for name in RULES})
+
+
+def _template(flags: argparse.Namespace) -> data.Options:
+    kwargs = json_object("chat_template_kwargs", flags.chat_template_kwargs, '{"enable_thinking": false}')
+    if flags.template_date is not None and not is_day(flags.template_date):
+        raise UsageError(f"--template_date: expected a day as YYYY-MM-DD, got {flags.template_date}.")
+    return data.Options(flags.chat_template, kwargs, flags.template_date)
 
 
 def _context(flags: argparse.Namespace) -> int | None:

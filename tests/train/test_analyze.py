@@ -256,6 +256,47 @@ def test_one_model_at_a_time_and_figures(
     assert drawn[2] == [more["ref_argmax_mass"][0], more["argmax_mass"][0]]
 
 
+PLAIN = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+
+
+def test_rows_are_read_as_for_training(
+    model_folder: Path, policy: Path, tokenizer: Any, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another template, all of the assistant's turns, and what becomes of rows that are not as they should be."""
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    talk = [("user", "One?"), ("assistant", "Uno."), ("user", "And two?")]
+    prompt = [{"role": role, "content": content} for role, content in talk]
+    answer = [{"role": "assistant", "content": "Dos."}]
+    rows = [{"prompt": prompt, "completion": answer, "label": True}, {"prompt": "Three?", "completion": "", "label": True}]
+    flags = ["--policy", policy, "--reference", model_folder, "--data", write_rows(rows), "--empty", "drop", "--names", "p"]
+    flags += ["--chat_template", tmp_path / "plain.jinja", "--max_length", 200]
+    (tmp_path / "last").mkdir()
+    (tmp_path / "all").mkdir()
+    last = analysed(tmp_path / "last", *flags)["policies"]["p"]["responses"]
+    every = analysed(tmp_path / "all", *flags, "--train_on", "all_assistant")["policies"]["p"]["responses"]
+    assert "1 rows dropped because a response is empty" in capsys.readouterr().out
+    text = tokenizer("[One?][Uno.][And two?][Dos.]<|im_end|>")["input_ids"]  # a byte a token; the end of the last turn is added
+    places = {"Uno.]": range(7, 12), "Dos.]": range(23, 29)}
+    assert len(text) == 29
+    both = models(policy, model_folder)
+    with torch.no_grad():
+        logp, ref_logp = (
+            model(torch.tensor([text])).logits[0, :-1].double().log_softmax(-1).gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+            for model in both
+        )
+    shift = {turn: (logp - ref_logp)[[at - 1 for at in of]].sum().item() for turn, of in places.items()}
+    assert last["log_likelihood_shift"] == pytest.approx([shift["Dos.]"]], rel=1e-3, abs=1e-4)
+    assert every["log_likelihood_shift"] == pytest.approx([sum(shift.values())], rel=1e-3, abs=1e-4)
+
+
+def test_a_policy_with_another_template_is_said(
+    model_folder: Path, policy: Path, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (policy / "chat_template.jinja").write_text(PLAIN)
+    analysed(tmp_path, "--policy", policy, "--reference", model_folder, "--data", write_rows(PAIRS))
+    assert f"--policy {policy}: its chat template is not --reference's, which is used" in capsys.readouterr().out
+
+
 def test_bad_input_is_one_sentence(
     model_folder: Path, policy: Path, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,6 +327,11 @@ def test_bad_input_is_one_sentence(
         ({"--greedy": [1], "--max_new_tokens": [250]}, "--max_new_tokens 250: the prompt of"),
         ({"--batch_sise": [3]}, "--batch_sise: no such flag; the nearest is --batch_size"),
         ({"--policy": []}, "--policy: expected at least one argument"),
+        ({"--greedy": [1], "--train_on": ["all_assistant"]}, "--train_on all_assistant: a greedy response is one turn"),
+        ({"--template_date": ["today"]}, "--template_date: expected a day as YYYY-MM-DD, got today"),
+        ({"--chat_template": [tmp_path / "no.jinja"]}, "no.jinja"),
+        ({"--chat_template_kwargs": ["[1]"]}, "--chat_template_kwargs [1]: expected a JSON object"),
+        ({"--duplicates": ["twice"]}, "--duplicates: "),
     ]
     for change, words in bad:
         flags = {"--output_dir": [tmp_path / "out"]} | good | change
