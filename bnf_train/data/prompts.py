@@ -117,6 +117,8 @@ def _with_one_response(row: RawRow, where: str) -> RawRow:
         first = several[0]
     if "prompt" not in told and "conversations" not in told and first is None:
         if row.get("question") in (None, ""):
+            if empty := next((name for name in ("prompt", "question") if name in row), None):
+                raise UsageError(f"{where}: {empty} is empty; fill it in, or take the row out.")
             raise UsageError(f"{where}: expected a column prompt (or question) to answer, got {', '.join(row) or 'none'}.")
         told["prompt"] = row["question"]
     return told | {"completion": SENTINEL if first is None else first, "label": True}

@@ -312,6 +312,9 @@ def test_prompts_are_those_of_training_whatever_shape_the_row_has(tokenizer: Pre
     assert [(p.number, p.where) for p in found] == [(1, "x, row 1")]  # one prompt, once
     with pytest.raises(UsageError, match=r"x, row 1: expected a column prompt \(or question\) to answer, got answer, group"):
         prompts([{"answer": "1", "group": "a"}], tokenizer, "x")
+    for name, empty in (("prompt", ""), ("question", None)):
+        with pytest.raises(UsageError, match=f"x, row 2: {name} is empty; fill it in, or take the row out"):
+            prompts([{"prompt": "Name a colour."}, {name: empty, "answer": "1"}], tokenizer, "x")
 
 
 # --- answers -----------------------------------------------------------------------------------------------------------------
