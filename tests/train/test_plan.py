@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -207,17 +208,39 @@ def test_answers_to_check_are_counted_at_their_longest(
     model_folder: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = str(write_rows([row | {"answer": "1"} for row in PAIRS]))
-    flags = ["--model", str(model_folder), "--dataset", rows, "--eval_size", "3", "--batch_size", "1"]
-    assert planned(capsys, *flags)["checked"] is None
-    flags += ["--check", "number", "--check_max_new_tokens", "7", "--check_samples", "2"]
-    found = planned(capsys, *flags)
-    assert found["checked"] == {"times": 2, "answers": 3 * 3, "tokens": 2 * 9 * 7}  # three prompts are held out
-    assert found["steps"] == 5
-    assert planned(capsys, *flags, "--check_steps", "2")["checked"]["times"] == 4  # after steps 2 and 4, too
-    assert planned(capsys, *flags, "--check_steps", "5")["checked"]["times"] == 2  # the last is the one after training
-    assert planned(capsys, *flags, "--check_dataset", "other.jsonl")["checked"]["answers"] == 200 * 3
+    flags = ["--model", str(model_folder), "--dataset", rows, "--eval_size", "3", "--batch_size", "1", "--check", "number"]
+    flags += [
+        "--check_max_new_tokens",
+        "7",
+        "--check_samples",
+        "2",
+        "--check_steps",
+        "2",
+        "--json",
+        str(model_folder / "p.json"),
+    ]
     assert plan.main(flags) == 0
-    assert "2 times 9, at most 126 tokens; not in what follows" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    found = json.loads((model_folder / "p.json").read_text())
+    assert found["steps"] == 5
+    assert found["checked"] == {
+        "times": 4,
+        "answers": 3 * 3,
+        "tokens": 4 * 9 * 7,
+    }  # after steps 2 and 4, too
+    assert "4 times 9, at most 252 tokens; not in what follows" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_how_often_a_check_asks() -> None:
+    def asked(held_out: int | None, steps: int, **flags: Any) -> dict[str, int] | None:
+        default = {"check": "number", "check_dataset": None, "check_rows": 200, "check_samples": 4, "check_steps": None}
+        return work.answers(cast(Any, SimpleNamespace)(**{"check_max_new_tokens": 10} | default | flags), held_out, steps)
+
+    assert asked(3, 5, check=None) is None
+    assert asked(3, 5) == {"times": 2, "answers": 15, "tokens": 300}  # before and after
+    assert asked(3, 5, check_steps=5) == asked(3, 5)  # the last step's are those after training
+    assert asked(3, 5, check_steps=4) == {"times": 3, "answers": 15, "tokens": 450}
+    for found in (asked(3, 5, check_dataset="other.jsonl"), asked(None, 5), asked(999, 5)):
+        assert found == {"times": 2, "answers": 1000, "tokens": 20_000}
 
 
 def test_max_steps_limits_everything(
