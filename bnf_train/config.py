@@ -93,13 +93,8 @@ class BNFConfig(Output, Checks, LoRA, Training, Objective, Model, Rows, Data, Tr
         self._set_accumulation(accumulate)
 
     def template_options(self) -> dict[str, Any]:
-        """What `data.Options` takes.
-
-        Raises:
-          UsageError: --chat_template_kwargs is no JSON object.
-        """
-        kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}')
-        return {"chat_template": self.chat_template, "chat_template_kwargs": kwargs, "date": self.template_date}
+        """What `data.Options` takes; see `template_options`."""
+        return template_options(self)
 
     def _check(self) -> None:
         """Raises UsageError for what transformers does not check."""
@@ -111,8 +106,8 @@ class BNFConfig(Output, Checks, LoRA, Training, Objective, Model, Rows, Data, Tr
             raise UsageError(f"--dataset is missing: only the models of the paper bring their own ({known}).")
         if self.streaming:
             raise UsageError(f"--streaming: not possible, because {WHY_NOT_STREAMED}; leave it out: rows are read from disk.")
+        self.template_options()
         for name, good, expected in (
-            ("template_date", self.template_date is None or is_day(self.template_date), "a day as YYYY-MM-DD"),
             ("max_length", self.max_length >= 2, "at least 2 tokens"),
             ("lora_r", self.lora_r >= 1, "a rank of at least 1"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "a share from 0 to below 1"),
@@ -165,6 +160,20 @@ class BNFConfig(Output, Checks, LoRA, Training, Objective, Model, Rows, Data, Tr
             )
 
 
+def template_options(flags: Any) -> dict[str, Any]:
+    """What `data.Options` takes, of the flags of the same names.
+
+    Raises:
+      UsageError: --chat_template_kwargs is no JSON object, or --template_date no day.
+    """
+    kwargs = json_object("chat_template_kwargs", flags.chat_template_kwargs, '{"enable_thinking": false}')
+    try:
+        datetime.date.fromisoformat(flags.template_date or "2000-01-01")
+    except ValueError as error:
+        raise UsageError(f"--template_date: expected a day as YYYY-MM-DD, got {flags.template_date}.") from error
+    return {"chat_template": flags.chat_template, "chat_template_kwargs": kwargs, "date": flags.template_date}
+
+
 def json_object(flag: str, text: str | None, example: str) -> dict[str, Any]:
     """The value of a flag that takes a JSON object; nothing where it is not given.
 
@@ -205,14 +214,6 @@ def bf16_in_hardware(use_cpu: bool) -> bool:
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return multiplies(torch.bfloat16, "cpu")
-
-
-def is_day(text: str) -> bool:
-    """Whether it is a day as YYYY-MM-DD."""
-    try:
-        return bool(datetime.date.fromisoformat(text))
-    except ValueError:
-        return False
 
 
 def resumes(argument: str | bool | None) -> bool:

@@ -20,7 +20,6 @@ from bnf_train import cli, demo, objectives, report
 from bnf_train.checks import Asked, log_values
 from bnf_train.config import BNFConfig, resumes
 from bnf_train.data import (
-    RULES,
     Collator,
     Options,
     Row,
@@ -180,7 +179,7 @@ def _questions(config: BNFConfig, rows: _Rows, console: Console) -> Questions | 
     return read_questions(
         config.check, config.check_dataset, rows.held_out, rows.tokenizer, console, rows=config.check_rows,
         context=context_length(config.model, config.trust_remote_code), trained_on={row.prompt for row in rows.train},
-        rules=Rules(**{name: getattr(config, name) for name in RULES}), options=Options(**config.template_options()),
+        rules=Rules.of(config), options=Options(**config.template_options()),
         samples=config.check_samples, temperature=config.check_temperature, max_new_tokens=config.check_max_new_tokens,
         seed=config.seed, batch_size=config.per_device_eval_batch_size,
     )  # fmt: skip

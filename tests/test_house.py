@@ -52,7 +52,7 @@ ROOMS: dict[str, list[str]] = {
     "bnf_train/__main__": ["cli", "flags", "options", "run"],
     "bnf_train/benchmark": ["cli", "config", "data", "errors", "flags", "model", "processes", "run", "training"],
     "bnf_train/compare": ["checks", "cli", "config", "data", "errors", "flags", "model", "processes", "run", "training"],
-    "bnf_train/analyze": ["checks", "cli", "config", "data", "errors", "model", "options", "rules"],
+    "bnf_train/analyze": ["checks", "cli", "config", "data", "errors", "model", "options"],
     "bnf_train/sample": ["checks", "cli", "data", "errors", "model"],
     "bnf_train/rounds": [
         "checks",

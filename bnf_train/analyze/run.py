@@ -15,7 +15,7 @@ from bnf_train import data
 from bnf_train.analyze.figures import DISPLACEMENT, METRICS
 from bnf_train.analyze.shifts import Sample, Scores, bins, report_of, scores, shifts
 from bnf_train.checks import Asked
-from bnf_train.config import is_day, json_object
+from bnf_train.config import template_options
 from bnf_train.data import Collator, Response, Row
 from bnf_train.errors import UsageError
 from bnf_train.model.answers import Questions, ask, counted, read_questions
@@ -25,7 +25,6 @@ from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_tokenizer
 from bnf_train.model.lora import base_of, errors_about, load_merged
 from bnf_train.model.probe import can_pack, can_share_prompts
-from bnf_train.rules import RULES
 
 
 def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -83,6 +82,9 @@ def analyze(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
         "responses": f"each policy's own, greedy, at most {flags.max_new_tokens} tokens" if flags.greedy else "of the data",
         "bf16": autocast is not None,
         "max_length": flags.max_length,
+        "train_on": flags.train_on,
+        "chat_template": flags.chat_template or "the reference's",
+        "chat_template_kwargs": flags.chat_template_kwargs,
         "units": METRICS | DISPLACEMENT,
         "policies": {},
     }
@@ -110,7 +112,7 @@ def _questions(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
     with errors_about(flag, source):
         return read_questions(
             flags.check, source, [], tokenizer, console, rows=flags.check_rows, context=_context(flags),
-            rules=_rules(flags), options=_template(flags),
+            rules=data.Rules.of(flags), options=data.Options(**template_options(flags)),
             samples=flags.check_samples, temperature=flags.check_temperature, max_new_tokens=flags.check_max_new_tokens,
             seed=flags.seed, batch_size=flags.batch_size,
         )  # fmt: skip
@@ -174,10 +176,12 @@ def _data(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console
     with errors_about("--data", flags.data):
         raw = (data.read_rows(flags.data, "test") if data.has_splits(flags.data) else []) or data.read_rows(flags.data)
         raw = raw[: flags.rows]
-        rules = _rules(flags)
+        rules = data.Rules.of(flags)
         if flags.greedy:
             rules["empty"] = "drop"
-        rows, counts = data.tokenize(raw, tokenizer, flags.max_length, flags.data, rules, _template(flags), flags.train_on)
+        rows, counts = data.tokenize(
+            raw, tokenizer, flags.max_length, flags.data, rules, data.Options(**template_options(flags)), flags.train_on
+        )
     for sentence in counts.sentences(rules):
         console.print(f"  {sentence}")
     if flags.greedy:
@@ -186,17 +190,6 @@ def _data(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console
     tokens = sum(response.tokens for response, _ in pairs)
     console.print(f"{flags.data}: {len(pairs):,} responses of {len(rows):,} rows, {tokens:,} tokens.")
     return Sample([response for response, _ in pairs], [number for _, number in pairs])
-
-
-def _rules(flags: argparse.Namespace) -> data.Rules:
-    return data.Rules(**{name: getattr(flags, name) for name in RULES})
-
-
-def _template(flags: argparse.Namespace) -> data.Options:
-    kwargs = json_object("chat_template_kwargs", flags.chat_template_kwargs, '{"enable_thinking": false}')
-    if flags.template_date is not None and not is_day(flags.template_date):
-        raise UsageError(f"--template_date: expected a day as YYYY-MM-DD, got {flags.template_date}.")
-    return data.Options(flags.chat_template, kwargs, flags.template_date)
 
 
 def _context(flags: argparse.Namespace) -> int | None:

@@ -89,6 +89,11 @@ class Rules(dict[str, str]):
                 raise UsageError(f"--{name}: expected one of {', '.join(RULES[name].choices)}, got {choice}.")
         self.update(chosen)
 
+    @classmethod
+    def of(cls, flags: Any) -> "Rules":
+        """As the flags say, which are attributes of a config or a namespace."""
+        return cls(**{name: getattr(flags, name) for name in RULES})
+
 
 @dataclass
 class Counts:

@@ -18,7 +18,6 @@ from bnf_train.data.show import show
 from bnf_train.data.template import Options
 from bnf_train.data.tokens import tokenize
 from bnf_train.errors import UsageError
-from bnf_train.rules import RULES
 
 
 class Choice(Protocol):
@@ -41,7 +40,7 @@ class Choice(Protocol):
 
 def read_and_tokenize(config: Choice, tokenizer: PreTrainedTokenizerBase, console: Console) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, tokenised; what was cut or dropped is printed."""
-    rules = Rules(**{name: getattr(config, name) for name in RULES})
+    rules = Rules.of(config)
     options = Options(**config.template_options())
 
     def tokenized(source: str, split: str) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bnf_train import cli, demo, objectives
 from bnf_train.config import BNFConfig
-from bnf_train.data import RULES, Options, Prompt, Rules, prompts, read_prompts, read_rows
+from bnf_train.data import Options, Prompt, Rules, prompts, read_prompts, read_rows
 from bnf_train.errors import UsageError
 from bnf_train.flags import parse, read_yaml
 from bnf_train.model.load import load_tokenizer
@@ -183,7 +183,7 @@ def begin(settings: Settings, questions: Path) -> Begun:
     then = json.loads(path.read_text()) if path.exists() else None
     if then is not None:
         config.template_date = then["template_date"]
-    rules, options = rules_of(config), Options(**config.template_options())
+    rules, options = Rules.of(config), Options(**config.template_options())
     found, counts = prompts(read_rows(settings.source), tokenizer, settings.source, rules, options)
     counts.unused = []
     left_out = counts.sentences(rules)
@@ -208,11 +208,6 @@ def begin(settings: Settings, questions: Path) -> Begun:
         write_json(path, now)
     again = len({prompt.key for prompt in found} & {prompt.key for prompt in asked})
     return Begun(found, options.date or "", again, left_out)
-
-
-def rules_of(config: BNFConfig) -> Rules:
-    """What is to be done with rows that are not as they should be."""
-    return Rules(**{name: getattr(config, name) for name in RULES})
 
 
 def held_out(found: Sequence[Prompt], size: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:

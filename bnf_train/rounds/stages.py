@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bnf_train.checks import by_group
 from bnf_train.config import BNFConfig
-from bnf_train.data import Collator, Options, Response
+from bnf_train.data import Collator, Options, Response, Rules
 from bnf_train.errors import UsageError
 from bnf_train.model.answers import Questions, ask, counted, read_questions
 from bnf_train.model.generate import Generated
@@ -23,7 +23,7 @@ from bnf_train.model.head import attach_log_odds_head
 from bnf_train.model.load import context_length, load_model, load_tokenizer
 from bnf_train.model.score import longest_first, score
 from bnf_train.rounds.files import Folder, write_json, write_rows
-from bnf_train.rounds.settings import Settings, rules_of
+from bnf_train.rounds.settings import Settings
 from bnf_train.run import run
 from bnf_train.sample.local import numbered_seed
 from bnf_train.sample.run import PARTIAL, NoRows, Setting, sample
@@ -57,7 +57,7 @@ def sample_round(settings: Settings, model: str, folder: Folder, template_date: 
         server=None, server_model=None, concurrency=1, reward_model=None,
     )  # fmt: skip
     setting = Setting(
-        rules_of(config), Options(**config.template_options()), config.device, getattr(torch, config.dtype), autocast(config),
+        Rules.of(config), Options(**config.template_options()), config.device, getattr(torch, config.dtype), autocast(config),
         keep_answers=True,
     )  # fmt: skip
     _drop_other_batches(folder, flags.batch_size, console)
@@ -123,7 +123,7 @@ def ask_model(settings: Settings, model: str, folder: Folder, questions: Path, t
     asked = read_questions(
         str(config.check), str(questions), [], tokenizer, Console(quiet=folder.number > 0, highlight=False, soft_wrap=True),
         rows=config.check_rows, context=context_length(model, config.trust_remote_code),
-        rules=rules_of(config), options=Options(**config.template_options()),
+        rules=Rules.of(config), options=Options(**config.template_options()),
         samples=config.check_samples, temperature=config.check_temperature, max_new_tokens=config.check_max_new_tokens,
         seed=config.seed, batch_size=config.per_device_eval_batch_size,
     )  # fmt: skip
