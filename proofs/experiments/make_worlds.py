@@ -9,6 +9,7 @@ preferences.jsonl (every sample of the model, right ones preferred) come, all of
     right.jsonl          the right ones
     wrong.jsonl          the wrong ones
     pairs.jsonl          a right and a wrong one to a prompt, each sample used once
+    chosen.jsonl         their right ones, as single rows
     half_of_pairs.jsonl  half of them: as many responses as all of them have where one of each is left out
     foreign.jsonl        each wrong one replaced by a wrong one of another world's model to the same prompt
     unrelated.jsonl      each wrong one replaced by the right answer to another prompt of the same task
@@ -93,6 +94,7 @@ def derive(worlds: Path, seed: int, other: int, device: str) -> None:
         "right": [row for row in rows if row["label"]],
         "wrong": [row for row in rows if not row["label"]],
         "pairs": pairs,
+        "chosen": [{"prompt": pair["prompt"], "completion": pair["chosen"], "label": True} for pair in pairs],
         "half_of_pairs": pairs[: len(pairs) // 2],
         "foreign": foreign(rows, worlds / str(other) / "model", device),
         "unrelated": unrelated(rows, rng),  # the last one
